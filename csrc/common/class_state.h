@@ -1,0 +1,63 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/moments.h"
+
+namespace neusemslice {
+
+// The state of one site as raw pointers; null where a statistic is absent. Sizes and neutral
+// elements are those of ops/class_stats.h.
+struct ClassState {
+  double* count;
+  double* positions;
+  int64_t* nonfinite;
+  double* mean;
+  double* m2;
+  float* mean_abs;
+  float* max;
+  float* active;
+  int64_t num_classes;
+  int64_t neurons;
+};
+
+// What one class's samples say of one neuron.
+struct ClassCell {
+  Moments moments;       // of the pooled activations
+  double positions = 0;  // weight of the positions that the next three are over
+  double mean_abs = 0;
+  double active = 0;
+  float max = 0;
+};
+
+NSS_HOST_DEVICE ClassCell load_cell(const ClassState& s, int64_t k, int64_t c) {
+  const int64_t at = k * s.neurons + c;
+  ClassCell cell;
+  cell.moments = {s.count[k], s.mean ? s.mean[at] : 0, s.m2 ? s.m2[at] : 0};
+  cell.positions = s.positions[k];
+  if (s.mean_abs) cell.mean_abs = s.mean_abs[at];
+  if (s.active) cell.active = s.active[at];
+  if (s.max) cell.max = s.max[at];
+  return cell;
+}
+
+// Merges `other`, which must not be empty, into class k of neuron c. The class's count and
+// positions stay as they are: they are shared by its neurons and are raised once all have merged.
+NSS_HOST_DEVICE void merge_cell(const ClassState& s, int64_t k, int64_t c, const ClassCell& other) {
+  const int64_t at = k * s.neurons + c;
+  ClassCell cell = load_cell(s, k, c);
+  cell.moments.merge(other.moments);
+  if (s.mean) s.mean[at] = cell.moments.mean;
+  if (s.m2) s.m2[at] = cell.moments.m2;
+  if (s.mean_abs) {
+    s.mean_abs[at] = static_cast<float>(
+        merge_means(cell.mean_abs, cell.positions, other.mean_abs, other.positions));
+  }
+  if (s.active) {
+    s.active[at] =
+        static_cast<float>(merge_means(cell.active, cell.positions, other.active, other.positions));
+  }
+  if (s.max && other.max > cell.max) s.max[at] = other.max;
+}
+
+}  // namespace neusemslice

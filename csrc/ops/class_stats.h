@@ -1,0 +1,94 @@
+#pragma once
+
+// Streaming statistics of neurons, per class.
+//
+// class_order: a stable order of the samples by class, found once per batch and shared by every
+//   site of that batch. `order` is a permutation of 0..N-1: the samples of class 0, of class 1,
+//   ..., and last those labelled -100. Class k is order[offsets[k]..offsets[k+1]). A label outside
+//   [0, K) other than -100 is refused on the CPU; on CUDA, where the host cannot look without
+//   waiting, it is ordered last and so ignored.
+//
+// class_stats_: adds a batch to the state of one site, in place.
+//   x has its samples in dimension 0, its neurons in `neuron_dim`, and positions (pixels, tokens)
+//   in the others. a[n, c], the mean of x over the positions of sample n that the mask keeps,
+//   enters `mean` and `m2`; `mean_abs`, `max` and `active` (share of values > 0) are over
+//   positions. A sample of weight 0, without a class, or without a position left is skipped. A
+//   value that is not finite is counted in `nonfinite` and enters the sums as 0 and the maximum not
+//   at all. Every sum is in float64 and in the order of the samples, so the result has the same
+//   bits each time and at any number of threads.
+//
+// class_stats_merge_: adds the state `other` to a state; the empty state is neutral.
+//
+// State of K classes and C neurons, all contiguous:
+//   count, positions  float64 [K]     sum of weights, of samples and of their positions
+//   nonfinite         int64 [C]
+//   mean, m2          float64 [K, C]  zero where the class is empty; m2 needs mean
+//   mean_abs, active  float32 [K, C]  zero where the class is empty
+//   max               float32 [K, C]  -inf where the class is empty
+// An absent (null) statistic is neither computed nor stored.
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <tuple>
+
+#include "common/class_state.h"
+
+namespace neusemslice::ops {
+
+using OptionalTensor = std::optional<at::Tensor>;
+
+std::tuple<at::Tensor, at::Tensor> class_order(const at::Tensor& labels, int64_t num_classes);
+
+void class_stats_(const at::Tensor& count, const at::Tensor& positions, const at::Tensor& nonfinite,
+                  const OptionalTensor& mean, const OptionalTensor& m2,
+                  const OptionalTensor& mean_abs, const OptionalTensor& max,
+                  const OptionalTensor& active, const at::Tensor& x, const at::Tensor& order,
+                  const at::Tensor& offsets, const OptionalTensor& weight,
+                  const OptionalTensor& mask, int64_t neuron_dim);
+
+void class_stats_merge_(const at::Tensor& count, const at::Tensor& positions,
+                        const at::Tensor& nonfinite, const OptionalTensor& mean,
+                        const OptionalTensor& m2, const OptionalTensor& mean_abs,
+                        const OptionalTensor& max, const OptionalTensor& active,
+                        const at::Tensor& other_count, const at::Tensor& other_positions,
+                        const at::Tensor& other_nonfinite, const OptionalTensor& other_mean,
+                        const OptionalTensor& other_m2, const OptionalTensor& other_mean_abs,
+                        const OptionalTensor& other_max, const OptionalTensor& other_active);
+
+// What the CPU and the CUDA kernels share: checked tensors, reduced to raw pointers and strides.
+
+// x[n, p, c] lies at x + n * stride_n + p * stride_p + c * stride_c.
+struct ClassBatch {
+  at::Tensor x;       // keeps alive a copy made when the positions had no single stride
+  at::Tensor mask;    // bool [N, P] contiguous, or undefined
+  at::Tensor weight;  // float64 [N] contiguous, or undefined
+  int64_t samples;
+  int64_t positions;
+  int64_t stride_n;
+  int64_t stride_p;
+  int64_t stride_c;
+};
+
+// Checks a state's tensors; `prefix` ("" or "other_") goes before their names in messages.
+ClassState checked_state(const char* op, const char* prefix, const at::Tensor& count,
+                         const at::Tensor& positions, const at::Tensor& nonfinite,
+                         const OptionalTensor& mean, const OptionalTensor& m2,
+                         const OptionalTensor& mean_abs, const OptionalTensor& max,
+                         const OptionalTensor& active);
+
+ClassBatch checked_batch(const ClassState& state, at::Device device, const at::Tensor& x,
+                         const at::Tensor& order, const at::Tensor& offsets,
+                         const OptionalTensor& weight, const OptionalTensor& mask,
+                         int64_t neuron_dim);
+
+// Refuses a merge of states that differ in size or in the statistics that they hold.
+void check_mergeable(const ClassState& state, const ClassState& other);
+
+// Marks the state's tensors as changed.
+void bump_state(const at::Tensor& count, const at::Tensor& positions, const at::Tensor& nonfinite,
+                const OptionalTensor& mean, const OptionalTensor& m2,
+                const OptionalTensor& mean_abs, const OptionalTensor& max,
+                const OptionalTensor& active);
+
+}  // namespace neusemslice::ops

@@ -1,0 +1,234 @@
+// CUDA kernels of class_order, class_stats_ and class_stats_merge_ (contract: ops/class_stats.h).
+//
+// A thread owns one neuron of one class and walks through that class's samples in their order, so
+// nothing is atomic and the bits do not depend on the schedule. The class's count is raised by a
+// second, tiny kernel, because every thread of the first still reads the old one. Nothing is read
+// back to the host: a weight that is negative or not finite, which the CPU refuses, makes its
+// sample one to skip here.
+
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/searchsorted.h>
+#include <ATen/ops/sort.h>
+#include <ATen/ops/where.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/class_state.h"
+#include "ops/checks.h"
+#include "ops/class_stats.h"
+#include "ops/cuda/launch.cuh"
+
+namespace neusemslice::ops {
+namespace {
+
+constexpr int kThreads = 128;
+
+// A batch as the device sees it.
+template <typename scalar_t>
+struct DeviceBatch {
+  const scalar_t* x;
+  const bool* mask;
+  const double* weight;
+  const int64_t* order;
+  const int64_t* offsets;
+  int64_t samples;
+  int64_t positions;
+  int64_t stride_n;
+  int64_t stride_p;
+  int64_t stride_c;
+
+  __device__ bool usable(int64_t n) const {
+    return n >= 0 && n < samples && (!weight || (weight[n] > 0 && is_finite(weight[n])));
+  }
+  __device__ bool real(int64_t n, int64_t p) const { return !mask || mask[n * positions + p]; }
+  __device__ int64_t real_positions(int64_t n) const {
+    if (!mask) return positions;
+    int64_t total = 0;
+    for (int64_t p = 0; p < positions; ++p) total += mask[n * positions + p] ? 1 : 0;
+    return total;
+  }
+};
+
+template <typename scalar_t>
+__global__ void class_stats_kernel(ClassState state, DeviceBatch<scalar_t> batch) {
+  const int64_t c = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (c >= state.neurons) return;
+  for (int64_t k = blockIdx.y; k < state.num_classes; k += gridDim.y) {
+    ShiftedSums sums;
+    ClassCell cell;
+    cell.max = -INFINITY;
+    double total_weight = 0;
+    int64_t nonfinite = 0;
+    for (int64_t i = batch.offsets[k]; i < batch.offsets[k + 1]; ++i) {
+      const int64_t n = batch.order[i];
+      if (!batch.usable(n)) continue;
+      double pooled = 0;
+      double sample_abs = 0;
+      double sample_active = 0;
+      int64_t real = 0;
+      for (int64_t p = 0; p < batch.positions; ++p) {
+        if (!batch.real(n, p)) continue;
+        ++real;
+        const double value = static_cast<double>(
+            batch.x[n * batch.stride_n + p * batch.stride_p + c * batch.stride_c]);
+        if (!is_finite(value)) {
+          ++nonfinite;
+          continue;
+        }
+        pooled += value;
+        sample_abs += fabs(value);
+        sample_active += value > 0 ? 1 : 0;
+        cell.max = fmaxf(cell.max, static_cast<float>(value));
+      }
+      if (real == 0) continue;
+      const double w = batch.weight ? batch.weight[n] : 1.0;
+      pooled /= static_cast<double>(real);
+      if (total_weight == 0) {
+        const bool known = state.count[k] > 0 && state.mean;
+        sums.shift = known ? state.mean[k * state.neurons + c] : pooled;
+      }
+      sums.add(pooled, w);
+      total_weight += w;
+      cell.positions += w * static_cast<double>(real);
+      cell.mean_abs += w * sample_abs;
+      cell.active += w * sample_active;
+    }
+    if (total_weight == 0) continue;
+    cell.moments = sums.moments(total_weight);
+    cell.mean_abs /= cell.positions;
+    cell.active /= cell.positions;
+    merge_cell(state, k, c, cell);
+    // Integers, and rare: the order of these additions does not show in the result.
+    if (nonfinite) {
+      atomicAdd(reinterpret_cast<unsigned long long*>(state.nonfinite + c),
+                static_cast<unsigned long long>(nonfinite));
+    }
+  }
+}
+
+template <typename scalar_t>
+__global__ void raise_counts_kernel(ClassState state, DeviceBatch<scalar_t> batch) {
+  const int64_t k = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (k >= state.num_classes) return;
+  double weight = 0;
+  double positions = 0;
+  for (int64_t i = batch.offsets[k]; i < batch.offsets[k + 1]; ++i) {
+    const int64_t n = batch.order[i];
+    if (!batch.usable(n)) continue;
+    const int64_t real = batch.real_positions(n);
+    if (real == 0) continue;
+    const double w = batch.weight ? batch.weight[n] : 1.0;
+    weight += w;
+    positions += w * static_cast<double>(real);
+  }
+  state.count[k] += weight;
+  state.positions[k] += positions;
+}
+
+__global__ void merge_kernel(ClassState state, ClassState other) {
+  const int64_t c = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (c >= state.neurons) return;
+  for (int64_t k = blockIdx.y; k < state.num_classes; k += gridDim.y) {
+    if (other.count[k] != 0) merge_cell(state, k, c, load_cell(other, k, c));
+  }
+  if (blockIdx.y == 0) state.nonfinite[c] += other.nonfinite[c];
+}
+
+__global__ void merge_counts_kernel(ClassState state, ClassState other) {
+  const int64_t k = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (k >= state.num_classes) return;
+  state.count[k] += other.count[k];
+  state.positions[k] += other.positions[k];
+}
+
+cuda::Grid neuron_grid(const ClassState& state) {
+  return {cuda::blocks_for(state.neurons, kThreads),
+          std::clamp<int64_t>(state.num_classes, 1, cuda::kMaxGridY)};
+}
+
+// Sorting and searching are ATen's (a radix sort; no wait for the device).
+std::tuple<at::Tensor, at::Tensor> class_order_cuda(const at::Tensor& labels, int64_t num_classes) {
+  const char* op = "class_order";
+  check_dtype(labels, at::kLong, op, "labels");
+  TORCH_CHECK_VALUE(labels.dim() == 1, op, ": labels must be int64 [N], got ", describe(labels));
+  TORCH_CHECK_VALUE(num_classes >= 0, op, ": num_classes must not be negative, got ", num_classes);
+  const c10::cuda::CUDAGuard guard(labels.device());
+  const at::Tensor outside = labels.lt(0).logical_or(labels.ge(num_classes));
+  const at::Tensor bins = labels.masked_fill(outside, num_classes);
+  auto [sorted, order] = at::sort(bins, /*stable=*/true, /*dim=*/0, /*descending=*/false);
+  const at::Tensor classes = at::arange(num_classes + 1, labels.options());
+  return {order, at::searchsorted(sorted, classes)};
+}
+
+void class_stats_cuda(const at::Tensor& count, const at::Tensor& positions,
+                      const at::Tensor& nonfinite, const OptionalTensor& mean,
+                      const OptionalTensor& m2, const OptionalTensor& mean_abs,
+                      const OptionalTensor& max, const OptionalTensor& active, const at::Tensor& x,
+                      const at::Tensor& order, const at::Tensor& offsets,
+                      const OptionalTensor& weight, const OptionalTensor& mask,
+                      int64_t neuron_dim) {
+  const ClassState state = checked_state("class_stats_", "", count, positions, nonfinite, mean, m2,
+                                         mean_abs, max, active);
+  const c10::cuda::CUDAGuard guard(count.device());
+  const ClassBatch batch =
+      checked_batch(state, count.device(), x, order, offsets, weight, mask, neuron_dim);
+  if (batch.samples == 0 || state.num_classes == 0) return;
+
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, batch.x.scalar_type(), "class_stats_", [&] {
+        const DeviceBatch<scalar_t> device{
+            batch.x.const_data_ptr<scalar_t>(),
+            batch.mask.defined() ? batch.mask.const_data_ptr<bool>() : nullptr,
+            batch.weight.defined() ? batch.weight.const_data_ptr<double>() : nullptr,
+            order.const_data_ptr<int64_t>(),
+            offsets.const_data_ptr<int64_t>(),
+            batch.samples,
+            batch.positions,
+            batch.stride_n,
+            batch.stride_p,
+            batch.stride_c,
+        };
+        cuda::launch("class_stats_kernel", &class_stats_kernel<scalar_t>, neuron_grid(state),
+                     kThreads, state, device);
+        cuda::launch("raise_counts_kernel", &raise_counts_kernel<scalar_t>,
+                     {cuda::blocks_for(state.num_classes, kThreads)}, kThreads, state, device);
+      });
+  bump_state(count, positions, nonfinite, mean, m2, mean_abs, max, active);
+}
+
+void class_stats_merge_cuda(const at::Tensor& count, const at::Tensor& positions,
+                            const at::Tensor& nonfinite, const OptionalTensor& mean,
+                            const OptionalTensor& m2, const OptionalTensor& mean_abs,
+                            const OptionalTensor& max, const OptionalTensor& active,
+                            const at::Tensor& other_count, const at::Tensor& other_positions,
+                            const at::Tensor& other_nonfinite, const OptionalTensor& other_mean,
+                            const OptionalTensor& other_m2, const OptionalTensor& other_mean_abs,
+                            const OptionalTensor& other_max, const OptionalTensor& other_active) {
+  const char* op = "class_stats_merge_";
+  const ClassState state =
+      checked_state(op, "", count, positions, nonfinite, mean, m2, mean_abs, max, active);
+  const ClassState other =
+      checked_state(op, "other_", other_count, other_positions, other_nonfinite, other_mean,
+                    other_m2, other_mean_abs, other_max, other_active);
+  check_device(other_count, count.device(), op, "other_count");
+  check_mergeable(state, other);
+  const c10::cuda::CUDAGuard guard(count.device());
+  cuda::launch("merge_kernel", &merge_kernel, neuron_grid(state), kThreads, state, other);
+  cuda::launch("merge_counts_kernel", &merge_counts_kernel,
+               {cuda::blocks_for(state.num_classes, kThreads)}, kThreads, state, other);
+  bump_state(count, positions, nonfinite, mean, m2, mean_abs, max, active);
+}
+
+}  // namespace
+}  // namespace neusemslice::ops
+
+TORCH_LIBRARY_IMPL(neusemslice, CUDA, m) {
+  m.impl("class_order", &neusemslice::ops::class_order_cuda);
+  m.impl("class_stats_", &neusemslice::ops::class_stats_cuda);
+  m.impl("class_stats_merge_", &neusemslice::ops::class_stats_merge_cuda);
+}

@@ -1,0 +1,29 @@
+"""Typed wrappers of the operators in ``torch.ops.neusemslice``.
+
+Importing this package loads the compiled extension and registers shape inference for
+``torch.compile`` and ``torch.export``. Every operator mutates only what its trailing underscore
+and its docstring say.
+"""
+
+from neusemslice import _extension
+
+_extension.load()
+
+# The operators exist only once the extension is loaded.
+from neusemslice.ops.class_stats import (  # noqa: E402
+    STATISTICS,
+    ClassOrder,
+    ClassStats,
+    class_order,
+    class_stats_,
+    class_stats_merge_,
+)
+
+__all__ = [
+    "STATISTICS",
+    "ClassOrder",
+    "ClassStats",
+    "class_order",
+    "class_stats_",
+    "class_stats_merge_",
+]

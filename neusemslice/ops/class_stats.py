@@ -1,0 +1,224 @@
+"""Streaming statistics of neurons, per class (contract: ``csrc/ops/class_stats.h``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+STATISTICS = ("mean", "m2", "mean_abs", "max", "active")
+"""The statistics that a state can hold; ``m2`` needs ``mean``."""
+
+
+class ClassOrder(NamedTuple):
+    """Samples grouped by class: class ``k`` is ``order[offsets[k]:offsets[k + 1]]``."""
+
+    order: Tensor
+    offsets: Tensor
+
+
+@dataclass
+class ClassStats:
+    """State of one site of ``K`` classes and ``C`` neurons; all tensors are contiguous.
+
+    Attributes:
+        count: float64 ``[K]``, sum of the samples' weights.
+        positions: float64 ``[K]``, sum of the weights of their positions (pixels, tokens).
+        nonfinite: int64 ``[C]``, values that were NaN or infinite.
+        mean: float64 ``[K, C]``, mean of the pooled activation ``a[n, c]``.
+        m2: float64 ``[K, C]``, its sum of squared deviations; the variance is ``m2 / count``.
+        mean_abs: float32 ``[K, C]``, mean of ``|x|`` over positions.
+        max: float32 ``[K, C]``, maximum over positions, ``-inf`` where the class is empty.
+        active: float32 ``[K, C]``, share of the positions where ``x > 0``.
+
+    A statistic that is ``None`` is neither computed nor stored.
+    """
+
+    count: Tensor
+    positions: Tensor
+    nonfinite: Tensor
+    mean: Tensor | None = None
+    m2: Tensor | None = None
+    mean_abs: Tensor | None = None
+    max: Tensor | None = None
+    active: Tensor | None = None
+
+    @classmethod
+    def empty(
+        cls,
+        num_classes: int,
+        neurons: int,
+        statistics: Iterable[str] = STATISTICS,
+        device: torch.device | str | None = None,
+    ) -> ClassStats:
+        """The neutral state.
+
+        Raises:
+            ValueError: for an unknown statistic, ``m2`` without ``mean``, or a negative size.
+        """
+        wanted = set(statistics)
+        if unknown := sorted(wanted - set(STATISTICS)):
+            raise ValueError(f"ClassStats: statistics must be among {STATISTICS}, got {unknown}")
+        if "m2" in wanted and "mean" not in wanted:
+            raise ValueError("ClassStats: statistics with 'm2' must also hold 'mean'")
+        if num_classes < 0 or neurons < 0:
+            raise ValueError(
+                f"ClassStats: num_classes and neurons must not be negative, "
+                f"got {num_classes} and {neurons}"
+            )
+
+        def plane(name: str, dtype: torch.dtype, value: float) -> Tensor | None:
+            if name not in wanted:
+                return None
+            return torch.full((num_classes, neurons), value, dtype=dtype, device=device)
+
+        return cls(
+            count=torch.zeros(num_classes, dtype=torch.float64, device=device),
+            positions=torch.zeros(num_classes, dtype=torch.float64, device=device),
+            nonfinite=torch.zeros(neurons, dtype=torch.int64, device=device),
+            mean=plane("mean", torch.float64, 0.0),
+            m2=plane("m2", torch.float64, 0.0),
+            mean_abs=plane("mean_abs", torch.float32, 0.0),
+            max=plane("max", torch.float32, -torch.inf),
+            active=plane("active", torch.float32, 0.0),
+        )
+
+    @property
+    def num_classes(self) -> int:
+        return self.count.shape[0]
+
+    @property
+    def neurons(self) -> int:
+        return self.nonfinite.shape[0]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that the state holds, by name."""
+        held = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in held.items() if tensor is not None}
+
+    def variance(self) -> Tensor:
+        """Variance of ``a[n, c]`` within each class, float64 ``[K, C]``; 0 where it is empty."""
+        if self.m2 is None:
+            raise ValueError("ClassStats: the variance needs the statistic 'm2'")
+        return self.m2 / self.count.clamp_min(torch.finfo(torch.float64).tiny).unsqueeze(1)
+
+
+def class_order(labels: Tensor, num_classes: int) -> ClassOrder:
+    """Orders samples by class with a stable counting sort, once per batch.
+
+    Args:
+        labels: int64 ``[N]``, each in ``[0, num_classes)`` or ``-100`` for samples to ignore.
+        num_classes: ``K``.
+
+    Returns:
+        ``order`` int64 ``[N]``, a permutation with the ignored samples last, and ``offsets``
+        int64 ``[K + 1]``.
+
+    Raises:
+        TypeError: if labels are not int64.
+        ValueError: if labels are not one-dimensional, or (on the CPU) out of range. On CUDA a
+            label out of range is ignored like ``-100``, because looking at it would wait for the
+            device.
+    """
+    return ClassOrder(*torch.ops.neusemslice.class_order(labels, num_classes))
+
+
+def class_stats_(
+    state: ClassStats,
+    x: Tensor,
+    order: ClassOrder,
+    *,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    neuron_dim: int = 1,
+) -> None:
+    """Adds a batch to ``state``, in place, in one pass over ``x``.
+
+    Dimension 0 of ``x`` holds samples, ``neuron_dim`` neurons, the others positions:
+    ``[N, C]`` and ``[N, C, H, W]`` with ``neuron_dim=1``, ``[N, T, C]`` with ``neuron_dim=-1``.
+    ``mean`` and ``m2`` are of ``a[n, c]``, the mean over the positions that the mask keeps;
+    ``mean_abs``, ``max`` and ``active`` are over positions. Where every token has its own label,
+    flatten to ``[N * T, C]``.
+
+    Sums are in float64, in the order of the samples: the result has the same bits each time and
+    at any number of threads. Class moments are merged as in Chan, Golub, LeVeque (1979).
+
+    Args:
+        state: of ``K`` classes and ``C`` neurons.
+        x: float64, float32, float16 or bfloat16 with ``C`` neurons; any strides.
+        order: what ``class_order`` gave for the batch's labels.
+        weight: floating point ``[N]``, finite and not negative; 0 skips the sample.
+        mask: bool, the shape of ``x`` without ``neuron_dim``; False drops the position. A sample
+            without a position left is skipped.
+        neuron_dim: where the neurons are.
+
+    A value that is NaN or infinite is counted in ``state.nonfinite`` and enters the sums as 0 and
+    the maximum not at all.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape or device, or (on the CPU) a wrong weight or order. Nothing
+            has changed then.
+    """
+    torch.ops.neusemslice.class_stats_(
+        state.count,
+        state.positions,
+        state.nonfinite,
+        state.mean,
+        state.m2,
+        state.mean_abs,
+        state.max,
+        state.active,
+        x,
+        order.order,
+        order.offsets,
+        weight,
+        mask,
+        neuron_dim,
+    )
+
+
+def class_stats_merge_(state: ClassStats, other: ClassStats) -> None:
+    """Adds ``other`` to ``state``, in place.
+
+    The empty state is neutral; merging is associative up to rounding.
+
+    Raises:
+        ValueError: if the two differ in size, device or statistics. Nothing has changed then.
+    """
+    torch.ops.neusemslice.class_stats_merge_(
+        state.count,
+        state.positions,
+        state.nonfinite,
+        state.mean,
+        state.m2,
+        state.mean_abs,
+        state.max,
+        state.active,
+        other.count,
+        other.positions,
+        other.nonfinite,
+        other.mean,
+        other.m2,
+        other.mean_abs,
+        other.max,
+        other.active,
+    )
+
+
+@torch.library.register_fake("neusemslice::class_order")
+def _(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    return labels.new_empty(labels.shape), labels.new_empty(num_classes + 1)
+
+
+@torch.library.register_fake("neusemslice::class_stats_")
+def _(*arguments: object, **named: object) -> None:
+    return None
+
+
+@torch.library.register_fake("neusemslice::class_stats_merge_")
+def _(*arguments: object, **named: object) -> None:
+    return None

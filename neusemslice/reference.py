@@ -1,0 +1,72 @@
+"""Float64 oracles: each operator again, slow and obvious, for the tests to compare with.
+
+Nothing here shares code with the operators.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from neusemslice.ops.class_stats import ClassStats
+
+
+def class_order(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Order and offsets, by asking for each class in turn which samples carry it."""
+    listed = labels.tolist()
+    groups = [[i for i, y in enumerate(listed) if y == k] for k in range(num_classes)]
+    rest = [i for i, y in enumerate(listed) if y == -100]
+    offsets = [sum(len(group) for group in groups[:k]) for k in range(num_classes + 1)]
+    flat = [i for group in groups for i in group] + rest
+    return torch.tensor(flat, dtype=torch.int64), torch.tensor(offsets, dtype=torch.int64)
+
+
+def class_stats(
+    x: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    neuron_dim: int = 1,
+) -> ClassStats:
+    """The state after all samples of ``x`` at once, two-pass, in float64 throughout.
+
+    Shapes as ``ops.class_stats_``. All statistics are float64 here, of finite input.
+    """
+    values = x.double().movedim(neuron_dim, -1)
+    samples, neurons = values.shape[0], values.shape[-1]
+    positions = math.prod(values.shape[1:-1])
+    values = values.reshape(samples, positions, neurons)
+    weights = torch.ones(samples) if weight is None else weight
+    weights = weights.double()
+    kept = torch.ones(samples, positions, dtype=torch.bool)
+    if mask is not None:
+        kept = mask.reshape(samples, positions)
+    state = ClassStats.empty(num_classes, neurons)
+    state.mean_abs = torch.zeros(num_classes, neurons, dtype=torch.float64)
+    state.active = torch.zeros(num_classes, neurons, dtype=torch.float64)
+    state.max = torch.full((num_classes, neurons), -torch.inf, dtype=torch.float64)
+    assert state.mean is not None
+    assert state.m2 is not None
+    for k in range(num_classes):
+        chosen = [
+            n for n in range(samples) if labels[n] == k and weights[n] > 0 and bool(kept[n].any())
+        ]
+        if not chosen:
+            continue
+        w = weights[chosen]
+        pooled = torch.stack([values[n][kept[n]].mean(0) for n in chosen])
+        mean = (w[:, None] * pooled).sum(0) / w.sum()
+        state.count[k] = w.sum()
+        state.mean[k] = mean
+        state.m2[k] = (w[:, None] * (pooled - mean) ** 2).sum(0)
+        every = torch.cat([values[n][kept[n]] for n in chosen])
+        every_weight = torch.cat([weights[n].expand(int(kept[n].sum())) for n in chosen])
+        state.positions[k] = every_weight.sum()
+        share = (every_weight / every_weight.sum())[:, None]
+        state.mean_abs[k] = (share * every.abs()).sum(0)
+        state.active[k] = (share * (every > 0)).sum(0)
+        state.max[k] = every.max(0).values
+    return state

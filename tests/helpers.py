@@ -1,0 +1,41 @@
+"""What several test files need."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def num_threads(count: int) -> Iterator[None]:
+    """Runs a block with `count` threads inside operators."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal shape, dtype and value, with NaN equal to NaN."""
+    return (
+        a.shape == b.shape
+        and a.dtype == b.dtype
+        and torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0))
+        and torch.equal(a.isnan(), b.isnan())
+    )
+
+
+def layouts(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """One random matrix or batch in the layouts that operators meet."""
+    x = torch.randn(*shape, dtype=torch.float64, device=device).to(dtype)
+    wide = torch.randn(*shape[:-1], 2 * shape[-1], dtype=torch.float64, device=device).to(dtype)
+    return {
+        "contiguous": x,
+        "sliced": wide[..., ::2],
+        "permuted": x.transpose(0, -1).contiguous().transpose(0, -1),
+        "expanded": x[:1].expand(shape),
+        "requires_grad": x.clone().requires_grad_(),
+    }
