@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from neusemslice.ops._fake import check_one_device, register_fake
+
 STATISTICS = ("mean", "m2", "mean_abs", "max", "active")
 """The statistics that a state can hold; ``m2`` needs ``mean``."""
 
@@ -209,16 +211,16 @@ def class_stats_merge_(state: ClassStats, other: ClassStats) -> None:
     )
 
 
-@torch.library.register_fake("neusemslice::class_order")
-def _(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+@register_fake("class_order")
+def _class_order_fake(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
     return labels.new_empty(labels.shape), labels.new_empty(num_classes + 1)
 
 
-@torch.library.register_fake("neusemslice::class_stats_")
-def _(*arguments: object, **named: object) -> None:
-    return None
+@register_fake("class_stats_")
+def _class_stats_fake(*arguments: object) -> None:
+    check_one_device("class_stats_", *arguments)
 
 
-@torch.library.register_fake("neusemslice::class_stats_merge_")
-def _(*arguments: object, **named: object) -> None:
-    return None
+@register_fake("class_stats_merge_")
+def _class_stats_merge_fake(*arguments: object) -> None:
+    check_one_device("class_stats_merge_", *arguments)
