@@ -70,3 +70,56 @@ def class_stats(
         state.active[k] = (share * (every > 0)).sum(0)
         state.max[k] = every.max(0).values
     return state
+
+
+def bitset_pack(bits: Tensor) -> Tensor:
+    """Words of the sets, one element after the other, in Python's integers."""
+    *outer, size = bits.shape
+    words = (size + 63) // 64
+    packed = []
+    for row in bits.reshape(math.prod(outer), size).tolist():
+        number = sum(1 << j for j, present in enumerate(row) if present)
+        for w in range(words):
+            word = (number >> (64 * w)) % 2**64
+            packed.append(word - 2**64 if word >= 2**63 else word)
+    return torch.tensor(packed, dtype=torch.int64).reshape(*outer, words)
+
+
+def set_similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
+    """Float64 similarity of sets given as bool ``[R, M]`` and ``[S, M]``, by Python's sets."""
+    left, right = (
+        [{j for j, present in enumerate(row) if present} for row in bits.tolist()]
+        for bits in (a, b)
+    )
+
+    def similarity(i: set[int], j: set[int]) -> float:
+        common = len(i & j)
+        whole = {
+            "jaccard": len(i | j),
+            "dice": len(i) + len(j),
+            "overlap": min(len(i), len(j)),
+            "containment": len(i),
+        }[metric]
+        if whole == 0:
+            return 0.0
+        return (2 * common if metric == "dice" else common) / whole
+
+    values = [[similarity(i, j) for j in right] for i in left]
+    return torch.tensor(values, dtype=torch.float64).reshape(a.shape[0], b.shape[0])
+
+
+def pairwise_similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
+    """Float64 cosine or Pearson similarity of finite rows, pair by pair with exact sums."""
+
+    def unit(row: list[float]) -> list[float]:
+        if metric == "pearson" and row:
+            if min(row) == max(row):
+                return [0.0] * len(row)
+            mean = math.fsum(row) / len(row)
+            row = [x - mean for x in row]
+        norm = math.sqrt(math.fsum(x * x for x in row))
+        return [x / norm if norm else 0.0 for x in row]
+
+    left, right = ([unit(row) for row in x.double().tolist()] for x in (a, b))
+    values = [[math.fsum(x * y for x, y in zip(i, j, strict=True)) for j in right] for i in left]
+    return torch.tensor(values, dtype=torch.float64).reshape(a.shape[0], b.shape[0]).clamp(-1, 1)

@@ -18,12 +18,28 @@ from neusemslice.ops.class_stats import (  # noqa: E402
     class_stats_,
     class_stats_merge_,
 )
+from neusemslice.ops.similarity import (  # noqa: E402
+    Edges,
+    bitset_pack,
+    bitset_similarity,
+    bitset_similarity_edges,
+    bitset_unpack,
+    pairwise_similarity,
+    pairwise_similarity_edges,
+)
 
 __all__ = [
     "STATISTICS",
     "ClassOrder",
     "ClassStats",
+    "Edges",
+    "bitset_pack",
+    "bitset_similarity",
+    "bitset_similarity_edges",
+    "bitset_unpack",
     "class_order",
     "class_stats_",
     "class_stats_merge_",
+    "pairwise_similarity",
+    "pairwise_similarity_edges",
 ]

@@ -1,0 +1,331 @@
+// CUDA kernels of the similarity operators (contract: ops/similarity.h).
+//
+// A thread owns one word, one row or one pair, and nothing is atomic. The matrix of pairs is walked
+// through in large fixed tiles: those of pairwise_similarity are one at::mm each, the same for the
+// dense result and for edges, which keeps their bits equal. Edges are what at::nonzero finds in a
+// tile, ordered at the end by one stable sort on their row; both wait for the device, because the
+// number of edges is data.
+
+#include <ATen/Context.h>
+#include <ATen/Dispatch.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/nonzero.h>
+#include <ATen/ops/sort.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "common/similarity.h"
+#include "ops/checks.h"
+#include "ops/cuda/launch.cuh"
+#include "ops/similarity.h"
+
+namespace neusemslice::ops {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int64_t kTile = 4096;  // rows and columns of a tile: enough work for the device
+
+// Packed sets as the device sees them.
+struct DeviceSets {
+  const int64_t* a;
+  const int64_t* b;
+  const int64_t* a_sizes;
+  const int64_t* b_sizes;
+  int64_t words;
+  int64_t cols;
+  SetMetric metric;
+  bool self;
+
+  __device__ int64_t common(int64_t r, int64_t c) const {
+    return common_size(a + r * words, b + c * words, words);
+  }
+};
+
+__global__ void pack_kernel(const bool* __restrict__ bits, int64_t size, int64_t words_per_row,
+                            int64_t total, int64_t* __restrict__ words) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (i >= total) return;
+  const int64_t first = i % words_per_row * kWordBits;
+  const int64_t left = size - first;
+  words[i] =
+      pack_word(bits + i / words_per_row * size + first, left < kWordBits ? left : kWordBits);
+}
+
+__global__ void set_sizes_kernel(const int64_t* __restrict__ sets, int64_t rows, int64_t words,
+                                 int64_t* __restrict__ sizes) {
+  const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (r < rows) sizes[r] = set_size(sets + r * words, words);
+}
+
+__global__ void set_similarity_kernel(DeviceSets sets, Tile tile, float* __restrict__ out) {
+  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (j >= tile.cols) return;
+  const int64_t c = tile.col + j;
+  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
+    const int64_t r = tile.row + i;
+    if (sets.self && c < r) continue;
+    const int64_t common = sets.common(r, c);
+    const int64_t size_r = sets.a_sizes[r];
+    const int64_t size_c = sets.b_sizes[c];
+    out[r * sets.cols + c] =
+        static_cast<float>(set_similarity(sets.metric, common, size_r, size_c));
+    if (sets.self) {
+      out[c * sets.cols + r] =
+          static_cast<float>(set_similarity(sets.metric, common, size_c, size_r));
+    }
+  }
+}
+
+__global__ void set_edges_kernel(DeviceSets sets, Tile tile, Pairs pairs, double threshold,
+                                 float* __restrict__ values, bool* __restrict__ is_edge) {
+  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (j >= tile.cols) return;
+  const int64_t c = tile.col + j;
+  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
+    const int64_t r = tile.row + i;
+    double value = 0;
+    bool found = false;
+    if (is_included(pairs, r, c)) {
+      value = set_similarity(sets.metric, sets.common(r, c), sets.a_sizes[r], sets.b_sizes[c]);
+      found = value >= threshold;
+    }
+    values[i * tile.cols + j] = static_cast<float>(value);
+    is_edge[i * tile.cols + j] = found;
+  }
+}
+
+template <typename scalar_t, typename value_t>
+__global__ void unit_rows_kernel(const scalar_t* __restrict__ x, int64_t rows, int64_t size,
+                                 int64_t stride_r, int64_t stride_d, bool centre,
+                                 value_t* __restrict__ unit) {
+  const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (r >= rows) return;
+  const scalar_t* row = x + r * stride_r;
+  const UnitMap map = unit_map(row, stride_d, size, centre);
+  for (int64_t d = 0; d < size; ++d) {
+    unit[r * size + d] = static_cast<value_t>(map(static_cast<double>(row[d * stride_d])));
+  }
+}
+
+template <typename value_t>
+__global__ void similarity_kernel(const value_t* __restrict__ product, Tile tile, bool self,
+                                  int64_t cols, value_t* __restrict__ out) {
+  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (j >= tile.cols) return;
+  const int64_t c = tile.col + j;
+  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
+    const int64_t r = tile.row + i;
+    if (self && c < r) continue;
+    value_t value = clamp_similarity(product[i * tile.cols + j]);
+    if (self) {
+      if (c == r) value = self_similarity(value);
+      out[c * cols + r] = value;
+    }
+    out[r * cols + c] = value;
+  }
+}
+
+// Clamps the products in place and marks those that are edges.
+template <typename value_t>
+__global__ void edges_kernel(value_t* __restrict__ values, Tile tile, Pairs pairs, double threshold,
+                             bool* __restrict__ is_edge) {
+  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (j >= tile.cols) return;
+  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
+    const int64_t at = i * tile.cols + j;
+    const value_t value = clamp_similarity(values[at]);
+    values[at] = value;
+    is_edge[at] =
+        is_included(pairs, tile.row + i, tile.col + j) && static_cast<double>(value) >= threshold;
+  }
+}
+
+cuda::Grid tile_grid(const Tile& tile) {
+  return {cuda::blocks_for(tile.cols, kThreads), std::min(tile.rows, cuda::kMaxGridY)};
+}
+
+// Edges of one tile after the other, made into tensors sorted by (row, col). Tiles come row after
+// row and at::nonzero goes through each row after row, so that the edges of one row come in the
+// order of their columns: the stable sort on rows does the rest.
+class EdgeCollector {
+ public:
+  explicit EdgeCollector(const at::TensorOptions& values)
+      : rows_{at::empty({0}, values.dtype(at::kLong))},
+        cols_{at::empty({0}, values.dtype(at::kLong))},
+        values_{at::empty({0}, values)} {}
+
+  void add(const Tile& tile, const at::Tensor& values, const at::Tensor& is_edge) {
+    const at::Tensor index = at::nonzero(is_edge);
+    if (index.size(0) == 0) return;
+    rows_.push_back(index.select(1, 0).add(tile.row));
+    cols_.push_back(index.select(1, 1).add(tile.col));
+    values_.push_back(values.masked_select(is_edge));
+  }
+
+  EdgeTensors sorted() const {
+    const auto [rows, order] =
+        at::sort(at::cat(rows_), /*stable=*/true, /*dim=*/0, /*descending=*/false);
+    return {rows, at::cat(cols_).index_select(0, order), at::cat(values_).index_select(0, order)};
+  }
+
+ private:
+  std::vector<at::Tensor> rows_;
+  std::vector<at::Tensor> cols_;
+  std::vector<at::Tensor> values_;
+};
+
+at::Tensor bitset_pack_cuda(const at::Tensor& bits) {
+  const c10::cuda::CUDAGuard guard(bits.device());
+  const PackWork work = checked_bits(bits);
+  const int64_t total = work.words.numel();
+  if (total == 0) return work.words;
+  cuda::launch("pack_kernel", &pack_kernel, {cuda::blocks_for(total, kThreads)}, kThreads,
+               work.bits.const_data_ptr<bool>(), work.size, work.words_per_row, total,
+               work.words.mutable_data_ptr<int64_t>());
+  return work.words;
+}
+
+at::Tensor set_sizes(const at::Tensor& sets) {
+  at::Tensor sizes = at::empty({sets.size(0)}, sets.options());
+  cuda::launch("set_sizes_kernel", &set_sizes_kernel, {cuda::blocks_for(sets.size(0), kThreads)},
+               kThreads, sets.const_data_ptr<int64_t>(), sets.size(0), sets.size(1),
+               sizes.mutable_data_ptr<int64_t>());
+  return sizes;
+}
+
+DeviceSets on_device(const Sets& sets, const at::Tensor& a_sizes, const at::Tensor& b_sizes) {
+  return {
+      sets.a.const_data_ptr<int64_t>(),
+      sets.b.const_data_ptr<int64_t>(),
+      a_sizes.const_data_ptr<int64_t>(),
+      b_sizes.const_data_ptr<int64_t>(),
+      sets.words,
+      sets.cols,
+      sets.metric,
+      sets.self,
+  };
+}
+
+at::Tensor bitset_similarity_cuda(const at::Tensor& a, const OptionalTensor& b,
+                                  std::string_view metric) {
+  const c10::cuda::CUDAGuard guard(a.device());
+  const Sets sets = checked_sets("bitset_similarity", a, b, metric);
+  at::Tensor out = at::empty({sets.rows, sets.cols}, sets.a.options().dtype(at::kFloat));
+  const at::Tensor a_sizes = set_sizes(sets.a);
+  const at::Tensor b_sizes = sets.self ? a_sizes : set_sizes(sets.b);
+  const DeviceSets device = on_device(sets, a_sizes, b_sizes);
+  float* result = out.mutable_data_ptr<float>();
+  for_each_tile(sets.rows, sets.cols, kTile, sets.self, [&](const Tile& tile) {
+    cuda::launch("set_similarity_kernel", &set_similarity_kernel, tile_grid(tile), kThreads, device,
+                 tile, result);
+  });
+  return out;
+}
+
+EdgeTensors bitset_similarity_edges_cuda(const at::Tensor& a, const OptionalTensor& b,
+                                         std::string_view metric, double threshold) {
+  const char* op = "bitset_similarity_edges";
+  const c10::cuda::CUDAGuard guard(a.device());
+  const Sets sets = checked_sets(op, a, b, metric);
+  check_threshold(op, threshold);
+  const at::Tensor a_sizes = set_sizes(sets.a);
+  const at::Tensor b_sizes = sets.self ? a_sizes : set_sizes(sets.b);
+  const DeviceSets device = on_device(sets, a_sizes, b_sizes);
+  const Pairs pairs = sets.pairs();
+  const at::TensorOptions options = sets.a.options().dtype(at::kFloat);
+  EdgeCollector edges(options);
+  for_each_tile(sets.rows, sets.cols, kTile, pairs == Pairs::upper, [&](const Tile& tile) {
+    at::Tensor values = at::empty({tile.rows, tile.cols}, options);
+    at::Tensor is_edge = at::empty({tile.rows, tile.cols}, options.dtype(at::kBool));
+    cuda::launch("set_edges_kernel", &set_edges_kernel, tile_grid(tile), kThreads, device, tile,
+                 pairs, threshold, values.mutable_data_ptr<float>(),
+                 is_edge.mutable_data_ptr<bool>());
+    edges.add(tile, values, is_edge);
+  });
+  return edges.sorted();
+}
+
+// The unit vectors of the rows of x, of the result's type.
+at::Tensor unit_rows(const at::Tensor& x, bool centre, at::ScalarType type) {
+  at::Tensor out = at::empty({x.size(0), x.size(1)}, x.options().dtype(type));
+  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "unit_rows", [&] {
+    using value_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
+    cuda::launch("unit_rows_kernel", &unit_rows_kernel<scalar_t, value_t>,
+                 {cuda::blocks_for(x.size(0), kThreads)}, kThreads, x.const_data_ptr<scalar_t>(),
+                 x.size(0), x.size(1), x.stride(0), x.stride(1), centre,
+                 out.mutable_data_ptr<value_t>());
+  });
+  return out;
+}
+
+struct UnitVectors {
+  at::Tensor a;
+  at::Tensor b;
+
+  explicit UnitVectors(const Vectors& v)
+      : a(unit_rows(v.a, v.centre, v.value_type())),
+        b(v.self ? a : unit_rows(v.b, v.centre, v.value_type())) {}
+
+  // Products of the tile's pairs, [tile.rows, tile.cols] contiguous.
+  at::Tensor product(const Tile& tile) const {
+    const PlainDispatch plain;
+    const at::NoTF32Guard no_tf32;
+    return at::mm(a.narrow(0, tile.row, tile.rows), b.narrow(0, tile.col, tile.cols).t());
+  }
+};
+
+at::Tensor pairwise_similarity_cuda(const at::Tensor& a, const OptionalTensor& b,
+                                    std::string_view metric) {
+  const c10::cuda::CUDAGuard guard(a.device());
+  const Vectors v = checked_vectors("pairwise_similarity", a, b, metric);
+  const UnitVectors unit(v);
+  at::Tensor out = at::empty({v.rows, v.cols}, unit.a.options());
+  AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "pairwise_similarity", [&] {
+    for_each_tile(v.rows, v.cols, kTile, v.self, [&](const Tile& tile) {
+      const at::Tensor product = unit.product(tile);
+      cuda::launch("similarity_kernel", &similarity_kernel<scalar_t>, tile_grid(tile), kThreads,
+                   product.const_data_ptr<scalar_t>(), tile, v.self, v.cols,
+                   out.mutable_data_ptr<scalar_t>());
+    });
+  });
+  return out;
+}
+
+EdgeTensors pairwise_similarity_edges_cuda(const at::Tensor& a, const OptionalTensor& b,
+                                           std::string_view metric, double threshold) {
+  const char* op = "pairwise_similarity_edges";
+  const c10::cuda::CUDAGuard guard(a.device());
+  const Vectors v = checked_vectors(op, a, b, metric);
+  check_threshold(op, threshold);
+  const UnitVectors unit(v);
+  EdgeCollector edges(unit.a.options());
+  AT_DISPATCH_FLOATING_TYPES(unit.a.scalar_type(), "pairwise_similarity_edges", [&] {
+    for_each_tile(v.rows, v.cols, kTile, v.self, [&](const Tile& tile) {
+      const at::Tensor values = unit.product(tile);
+      at::Tensor is_edge = at::empty({tile.rows, tile.cols}, values.options().dtype(at::kBool));
+      cuda::launch("edges_kernel", &edges_kernel<scalar_t>, tile_grid(tile), kThreads,
+                   values.mutable_data_ptr<scalar_t>(), tile, v.pairs(), threshold,
+                   is_edge.mutable_data_ptr<bool>());
+      edges.add(tile, values, is_edge);
+    });
+  });
+  return edges.sorted();
+}
+
+}  // namespace
+}  // namespace neusemslice::ops
+
+TORCH_LIBRARY_IMPL(neusemslice, CUDA, m) {
+  m.impl("bitset_pack", &neusemslice::ops::bitset_pack_cuda);
+  m.impl("bitset_similarity", &neusemslice::ops::bitset_similarity_cuda);
+  m.impl("bitset_similarity_edges", &neusemslice::ops::bitset_similarity_edges_cuda);
+  m.impl("pairwise_similarity", &neusemslice::ops::pairwise_similarity_cuda);
+  m.impl("pairwise_similarity_edges", &neusemslice::ops::pairwise_similarity_edges_cuda);
+}

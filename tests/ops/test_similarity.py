@@ -1,0 +1,477 @@
+"""Set and row similarity, dense and as edges, against oracles, contracts and laws."""
+
+import math
+
+import pytest
+import torch
+from helpers import layouts, num_threads, same_bits
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.library import opcheck
+
+from neusemslice import ops, reference
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+LAYOUTS = ["contiguous", "sliced", "permuted", "expanded", "requires_grad"]
+SET_METRICS = ["jaccard", "dice", "overlap", "containment"]
+ROW_METRICS = ["cosine", "pearson"]
+NAMESPACE = torch.ops.neusemslice
+
+
+def random_sets(rows: int, size: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Sets of every density; the first is empty, the last holds everything."""
+    bits = torch.rand(rows, size, device=device) < torch.rand(rows, 1, device=device)
+    bits[:1] = False
+    bits[1:][-1:] = True
+    return bits
+
+
+def set_layouts(bits: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The same sets in the layouts that operators meet."""
+    wide = torch.ones(bits.shape[0], 2 * bits.shape[1], dtype=torch.bool, device=bits.device)
+    wide[:, ::2] = bits
+    return {
+        "contiguous": bits,
+        "sliced": wide[:, ::2],
+        "permuted": bits.t().contiguous().t(),
+        "expanded": bits[-1:].expand(bits.shape),
+    }
+
+
+def word_layouts(words: torch.Tensor) -> dict[str, torch.Tensor]:
+    wide = torch.full((words.shape[0], 2 * words.shape[1]), -1, device=words.device)
+    wide[:, ::2] = words
+    return {
+        "contiguous": words,
+        "sliced": wide[:, ::2],
+        "permuted": words.t().contiguous().t(),
+        "expanded": words[-1:].expand(words.shape),
+        "empty": words[:0],
+    }
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Rounding of a float64 or a float32 product of unit vectors."""
+    return 1e-13 if dtype == torch.float64 else 2e-6
+
+
+def assert_similar(got: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> None:
+    assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    torch.testing.assert_close(got.cpu().double(), expected, rtol=0, atol=tolerance(dtype))
+
+
+def thresholded(dense: torch.Tensor, threshold: float, pairs: str) -> ops.Edges:
+    """The edges of a dense result; `pairs` is "all", "upper" or "distinct"."""
+    kept = dense.double() >= threshold
+    if pairs == "upper":
+        kept = kept.triu(1)
+    elif pairs == "distinct":
+        kept &= ~torch.eye(len(dense), dtype=torch.bool, device=dense.device)
+    rows, cols = kept.nonzero(as_tuple=True)
+    return ops.Edges(rows, cols, dense[kept])
+
+
+def assert_same_edges(a: ops.Edges, b: ops.Edges) -> None:
+    assert a.rows.dtype == a.cols.dtype == torch.int64
+    for name, x, y in zip(a._fields, a, b, strict=True):
+        assert same_bits(x, y), name
+
+
+class TestPack:
+    @given(st.integers(0, 4), st.integers(0, 3), st.sampled_from([0, 1, 63, 64, 65, 128, 200]))
+    def test_equals_the_oracle_and_unpacks(self, outer, inner, size):
+        bits = torch.rand(outer, inner, size) < 0.5
+        words = ops.bitset_pack(bits)
+        assert same_bits(words, reference.bitset_pack(bits))
+        assert same_bits(ops.bitset_unpack(words, size), bits)
+
+    @pytest.mark.parametrize("layout", ["contiguous", "sliced", "permuted", "expanded"])
+    def test_any_strides(self, layout, device):
+        bits = set_layouts(random_sets(9, 130, device))[layout]
+        assert same_bits(ops.bitset_pack(bits).cpu(), reference.bitset_pack(bits))
+
+    def test_one_dimension_and_the_top_bit(self, device):
+        bits = torch.zeros(70, dtype=torch.bool, device=device)
+        bits[[0, 63, 69]] = True
+        words = ops.bitset_pack(bits)
+        assert words.tolist() == [-(2**63) + 1, 2**5]
+        assert torch.equal(ops.bitset_unpack(words, 70), bits)
+
+    def test_refuses(self, device):
+        with pytest.raises(
+            TypeError, match=r"bitset_pack: bits must be bool, got float32 \[2, 3\]"
+        ):
+            ops.bitset_pack(torch.zeros(2, 3, device=device))
+        with pytest.raises(ValueError, match=r"bitset_pack: bits must have a dimension.*bool \[\]"):
+            ops.bitset_pack(torch.tensor(True, device=device))
+        words = torch.zeros(2, 2, dtype=torch.int64, device=device)
+        with pytest.raises(TypeError, match=r"words must be int64, got int32 \[2, 2\]"):
+            ops.bitset_unpack(words.int(), 70)
+        with pytest.raises(
+            ValueError, match=r"int64 \[..., 1\] for 64 elements, got int64 \[2, 2\]"
+        ):
+            ops.bitset_unpack(words, 64)
+        with pytest.raises(ValueError, match="size must not be negative, got -1"):
+            ops.bitset_unpack(words, -1)
+
+
+class TestSets:
+    @pytest.mark.parametrize("metric", SET_METRICS)
+    @pytest.mark.parametrize("layout", ["contiguous", "sliced", "permuted", "expanded"])
+    def test_equals_the_oracle(self, layout, metric, device):
+        bits, other = random_sets(30, 300, device), random_sets(17, 300, device)
+        a = word_layouts(ops.bitset_pack(bits))[layout]
+        b = word_layouts(ops.bitset_pack(other))[layout]
+        bits, other = ops.bitset_unpack(a, 300).cpu(), ops.bitset_unpack(b, 300).cpu()
+        expected = reference.set_similarity(bits, other, metric).float()
+        assert same_bits(ops.bitset_similarity(a, b, metric).cpu(), expected)
+        expected = reference.set_similarity(bits, bits, metric).float()
+        assert same_bits(ops.bitset_similarity(a, None, metric).cpu(), expected)
+
+    @given(
+        st.integers(0, 6),
+        st.integers(0, 6),
+        st.sampled_from([0, 1, 64, 65, 150]),
+        st.sampled_from(SET_METRICS),
+    )
+    def test_any_shape(self, rows, cols, size, metric):
+        bits, other = random_sets(rows, size), random_sets(cols, size)
+        a, b = ops.bitset_pack(bits), ops.bitset_pack(other)
+        expected = reference.set_similarity(bits, other, metric)
+        assert same_bits(ops.bitset_similarity(a, b, metric), expected.float())
+        edges = ops.bitset_similarity_edges(a, b, metric, threshold=0.4)
+        kept = expected >= 0.4
+        assert edges.rows.tolist() == kept.nonzero()[:, 0].tolist()
+        assert edges.cols.tolist() == kept.nonzero()[:, 1].tolist()
+        assert same_bits(edges.values, expected[kept].float())
+
+    def test_laws(self, device):
+        a = ops.bitset_pack(random_sets(300, 150, device))  # more than one tile
+        dense = {metric: ops.bitset_similarity(a, None, metric) for metric in SET_METRICS}
+        for metric, values in dense.items():
+            assert values.min() >= 0
+            assert values.max() <= 1
+            assert values.diagonal()[0] == 0, "an empty set is similar to nothing"
+            filled = ops.bitset_unpack(a, 150).any(1)
+            assert (values.diagonal() == filled).all()
+            if metric != "containment":
+                assert torch.equal(values, values.t())
+            assert same_bits(values, ops.bitset_similarity(a, a, metric))
+        assert (dense["dice"] >= dense["jaccard"]).all()
+        assert (dense["overlap"] >= dense["dice"]).all()
+        assert torch.equal(dense["overlap"], dense["containment"].maximum(dense["containment"].t()))
+        assert not torch.equal(dense["containment"], dense["containment"].t())
+
+    def test_empty_sets(self, device):
+        nothing = torch.zeros(2, 1, dtype=torch.int64, device=device)
+        for metric in SET_METRICS:
+            assert (ops.bitset_similarity(nothing, None, metric) == 0).all()
+            edges = ops.bitset_similarity_edges(nothing, None, metric, threshold=1e-9)
+            assert edges.rows.numel() == 0
+
+    @pytest.mark.parametrize("metric", SET_METRICS)
+    @pytest.mark.parametrize("threshold", [-math.inf, 0.0, 0.31, 1.0, math.inf])
+    def test_edges_equal_the_thresholded_dense_result(self, threshold, metric, device):
+        bits = random_sets(300, 70, device)  # more than one tile
+        bits[280:] = bits[10:30]
+        a, b = ops.bitset_pack(bits), ops.bitset_pack(bits[20:290])
+        one = "distinct" if metric == "containment" else "upper"
+        for other, pairs in ((None, one), (b, "all")):
+            dense = ops.bitset_similarity(a, other, metric)
+            edges = ops.bitset_similarity_edges(a, other, metric, threshold=threshold)
+            assert_same_edges(edges, thresholded(dense, threshold, pairs))
+
+    @pytest.mark.parametrize("common", range(1, 11))
+    def test_tie_at_the_threshold(self, common, device):
+        # The float64 quotient decides: as float32 it may lie on either side of the threshold.
+        bits = torch.zeros(2, 100, dtype=torch.bool, device=device)
+        bits[0, :common] = True
+        bits[1, :10] = True
+        a = ops.bitset_pack(bits)
+        tie = common / 10
+        for threshold, count in (
+            (math.nextafter(tie, 0), 1),
+            (tie, 1),
+            (math.nextafter(tie, 2), 0),
+        ):
+            edges = ops.bitset_similarity_edges(a, None, "jaccard", threshold=threshold)
+            assert edges.rows.numel() == count
+
+    def test_same_bits_twice_and_at_any_thread_count(self, device):
+        a = ops.bitset_pack(random_sets(600, 100, device))
+        with num_threads(1):
+            one = ops.bitset_similarity(a)
+            one_edges = ops.bitset_similarity_edges(a, threshold=0.5)
+            assert same_bits(one, ops.bitset_similarity(a))
+        with num_threads(2):
+            assert same_bits(one, ops.bitset_similarity(a))
+            assert_same_edges(one_edges, ops.bitset_similarity_edges(a, threshold=0.5))
+
+
+class TestRows:
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    @pytest.mark.parametrize("metric", ROW_METRICS)
+    def test_equals_the_oracle(self, metric, layout, dtype, device):
+        a = layouts((23, 67), dtype, device)[layout]
+        b = layouts((11, 67), dtype, device)[layout]
+        a_plain, b_plain = a.detach().cpu(), b.detach().cpu()
+        expected = reference.pairwise_similarity(a_plain, b_plain, metric)
+        assert_similar(ops.pairwise_similarity(a, b, metric), expected, dtype)
+        expected = reference.pairwise_similarity(a_plain, a_plain, metric)
+        assert_similar(ops.pairwise_similarity(a, None, metric), expected, dtype)
+
+    @given(
+        st.integers(0, 6),
+        st.integers(0, 6),
+        st.integers(0, 5),
+        st.sampled_from(ROW_METRICS),
+        st.sampled_from([torch.float64, torch.float32]),
+    )
+    def test_any_shape(self, rows, cols, size, metric, dtype):
+        a = torch.randint(-2, 3, (rows, size)).to(dtype)  # rows of zeros and constants among them
+        b = torch.randint(-2, 3, (cols, size)).to(dtype)
+        assert_similar(
+            ops.pairwise_similarity(a, b, metric),
+            reference.pairwise_similarity(a, b, metric),
+            dtype,
+        )
+        for other in (None, b):
+            dense = ops.pairwise_similarity(a, other, metric)
+            edges = ops.pairwise_similarity_edges(a, other, metric, threshold=0.4)
+            pairs = "upper" if other is None else "all"
+            assert_same_edges(edges, thresholded(dense, 0.4, pairs))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("metric", ROW_METRICS)
+    @pytest.mark.parametrize("rows", [5, 300, 520])
+    def test_self_similarity(self, rows, metric, dtype, device):
+        a = torch.randn(rows, 19, device=device).to(dtype)
+        a[1] = 0
+        dense = ops.pairwise_similarity(a, None, metric)
+        assert torch.equal(dense, dense.t())
+        expected = torch.ones_like(dense[0])
+        expected[1] = 0
+        assert torch.equal(dense.diagonal(), expected)
+        assert (dense[1] == 0).all()
+        assert dense.abs().max() <= 1
+        torch.testing.assert_close(
+            dense, ops.pairwise_similarity(a, a, metric), rtol=0, atol=tolerance(dtype)
+        )
+
+    @pytest.mark.parametrize("metric", ROW_METRICS)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    @pytest.mark.parametrize("threshold", [-math.inf, -0.3, 0.0, 0.2, 1.0, math.inf])
+    def test_edges_equal_the_thresholded_dense_result(self, threshold, dtype, metric, device):
+        a = torch.randn(530, 24, dtype=dtype, device=device)  # more than one tile
+        b = torch.randn(270, 24, dtype=dtype, device=device)
+        for other, pairs in ((None, "upper"), (b, "all")):
+            dense = ops.pairwise_similarity(a, other, metric)
+            edges = ops.pairwise_similarity_edges(a, other, metric, threshold=threshold)
+            assert_same_edges(edges, thresholded(dense, threshold, pairs))
+
+    def test_tie_at_the_threshold(self, device):
+        a = torch.tensor([[0.0, 2], [3, 0], [0, 5], [-1, 0]], device=device)
+        edges = ops.pairwise_similarity_edges(a, threshold=1.0)
+        assert (edges.rows.tolist(), edges.cols.tolist()) == ([0], [2])
+        edges = ops.pairwise_similarity_edges(a, threshold=0.0)
+        assert edges.rows.tolist() == [0, 0, 0, 1, 2]
+        assert edges.cols.tolist() == [1, 2, 3, 2, 3]
+        assert ops.pairwise_similarity_edges(a, threshold=math.nextafter(1, 2)).rows.numel() == 0
+
+    @pytest.mark.parametrize("scale", [1e300, 1e-300, 1e-320])
+    @pytest.mark.parametrize("metric", ROW_METRICS)
+    def test_scale_does_not_matter(self, metric, scale, device):
+        a = torch.randint(-9, 10, (6, 8), dtype=torch.float64, device=device)
+        expected = reference.pairwise_similarity(a.cpu(), a.cpu(), metric)
+        got = ops.pairwise_similarity(a * scale, None, metric)
+        # The smallest scale leaves a value four digits.
+        atol = 1e-3 if scale < 1e-300 else 1e-13
+        torch.testing.assert_close(got.cpu(), expected, rtol=0, atol=atol)
+
+    def test_pearson_ignores_the_offset(self, device):
+        a = torch.randint(-9, 10, (6, 8), dtype=torch.float64, device=device)
+        got = ops.pairwise_similarity(a + 1e9, a, "pearson")
+        torch.testing.assert_close(
+            got, ops.pairwise_similarity(a, a, "pearson"), rtol=0, atol=1e-13
+        )
+        assert (ops.pairwise_similarity(torch.full_like(a, 0.1), a, "pearson") == 0).all()
+
+    @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+    @pytest.mark.parametrize("metric", ROW_METRICS)
+    def test_nonfinite_row_gives_nan_and_no_edge(self, metric, bad, device):
+        a = torch.randn(300, 9, device=device)
+        clean = ops.pairwise_similarity(a, None, metric)
+        a[7, 3] = bad
+        a[8] = 0
+        got = ops.pairwise_similarity(a, None, metric)
+        others = [i for i in range(300) if i not in (7, 8)]
+        assert got[7].isnan().all()
+        assert got[:, 7].isnan().all()
+        assert same_bits(got[others][:, others], clean[others][:, others])
+        edges = ops.pairwise_similarity_edges(a, None, metric, threshold=-2)
+        assert edges.rows.numel() == 299 * 298 // 2
+        assert 7 not in edges.rows
+        assert 7 not in edges.cols
+
+    # In these shapes BLAS divides the sum over D among threads, if it is left to.
+    @pytest.mark.parametrize(
+        "shape", [(7, 300, 1000), (7, 255, 5001), (15, 15, 5001), (300, 600, 40), (1, 1, 9000)]
+    )
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    def test_same_bits_twice_and_at_any_thread_count(self, dtype, shape):
+        rows, cols, size = shape
+        a, b = torch.randn(rows, size, dtype=dtype), torch.randn(cols, size, dtype=dtype)
+        for other in (None, b):
+            with num_threads(1):
+                one = ops.pairwise_similarity(a, other)
+                one_edges = ops.pairwise_similarity_edges(a, other, threshold=0.01)
+                assert same_bits(one, ops.pairwise_similarity(a, other))
+            for count in (2, 3):
+                with num_threads(count):
+                    assert same_bits(one, ops.pairwise_similarity(a, other))
+                    edges = ops.pairwise_similarity_edges(a, other, threshold=0.01)
+                    assert_same_edges(one_edges, edges)
+
+    def test_same_bits_twice_on_the_device(self, device):
+        a = torch.randn(130, 70, device=device)
+        assert same_bits(ops.pairwise_similarity(a), ops.pairwise_similarity(a))
+
+
+def calls(device: torch.device):
+    """Each operator of two arguments by name, with arguments that it accepts."""
+    words = ops.bitset_pack(random_sets(4, 70, device))
+    rows = torch.randn(4, 3, device=device)
+    return {
+        "bitset_similarity": (words, "jaccard", ()),
+        "bitset_similarity_edges": (words, "jaccard", (0.5,)),
+        "pairwise_similarity": (rows, "cosine", ()),
+        "pairwise_similarity_edges": (rows, "cosine", (0.5,)),
+    }
+
+
+BINARY = list(calls(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("name", BINARY)
+class TestContract:
+    def call(self, name, device, **change):
+        a, metric, rest = calls(device)[name]
+        a, b = change.get("a", a), change.get("b", a)
+        return getattr(NAMESPACE, name)(a, b, change.get("metric", metric), *rest)
+
+    def test_refuses_wrong_dtypes(self, name, device):
+        a, _, _ = calls(device)[name]
+        wanted, dtype = ("int64", "int64") if "bitset" in name else ("float64, .*", "float32")
+        with pytest.raises(TypeError, match=rf"{name}: a must be {wanted}, got int32 \[4, \d\]"):
+            self.call(name, device, a=a.int(), b=a)
+        with pytest.raises(TypeError, match=rf"{name}: b must be {dtype}, got int32 \[4, \d\]"):
+            self.call(name, device, b=a.int())
+
+    def test_refuses_wrong_shapes(self, name, device):
+        a, _, _ = calls(device)[name]
+        width = a.shape[1]
+        with pytest.raises(ValueError, match=rf"{name}: a must be .* \[R, .\], got \w+ \[4\]"):
+            self.call(name, device, a=a[:, 0], b=a)
+        with pytest.raises(
+            ValueError, match=rf"{name}: b must be .* \[S, {width}\].*got \w+ \[4\]"
+        ):
+            self.call(name, device, b=a[:, 0])
+        with pytest.raises(
+            ValueError, match=rf"{name}: b must be .* \[S, {width}\].*\[4, {width - 1}\]"
+        ):
+            self.call(name, device, b=a[:, 1:])
+
+    def test_refuses_an_unknown_metric(self, name, device):
+        with pytest.raises(ValueError, match=rf"{name}: metric must be .* got 'hamming'"):
+            self.call(name, device, metric="hamming")
+
+    def test_refuses_mixed_devices(self, name, device):
+        a, _, _ = calls(device)[name]
+        with pytest.raises(
+            ValueError, match=rf"{name}: all tensors must be on one device.*{device.type}.*meta"
+        ):
+            self.call(name, device, b=a.to("meta"))
+
+
+@pytest.mark.parametrize("name", [name for name in BINARY if name.endswith("edges")])
+def test_refuses_a_threshold_that_is_nan(name, device):
+    a, metric, _ = calls(device)[name]
+    with pytest.raises(ValueError, match=rf"{name}: threshold must be a number, got nan"):
+        getattr(NAMESPACE, name)(a, None, metric, math.nan)
+
+
+class TestTorch:
+    @pytest.mark.parametrize("layout", ["contiguous", "sliced", "permuted", "expanded", "empty"])
+    def test_opcheck_of_sets(self, layout, device):
+        bits = random_sets(7, 150, device)
+        sets = {**set_layouts(bits), "empty": bits[:0]}[layout]
+        opcheck(NAMESPACE.bitset_pack.default, (sets,))
+        a = word_layouts(ops.bitset_pack(bits))[layout]
+        for b in (None, a):
+            opcheck(NAMESPACE.bitset_similarity.default, (a, b, "containment"))
+            opcheck(NAMESPACE.bitset_similarity_edges.default, (a, b, "containment", 0.3))
+
+    @pytest.mark.parametrize("layout", [*LAYOUTS, "empty"])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+    def test_opcheck_of_rows(self, dtype, layout, device):
+        x = (
+            torch.zeros(0, 3, dtype=dtype, device=device)
+            if layout == "empty"
+            else layouts((7, 5), dtype, device)[layout]
+        )
+        for b in (None, x):
+            opcheck(NAMESPACE.pairwise_similarity.default, (x, b, "pearson"))
+            opcheck(NAMESPACE.pairwise_similarity_edges.default, (x, b, "pearson", 0.1))
+
+    def test_does_not_claim_a_gradient(self, device):
+        x = torch.randn(5, 4, device=device, requires_grad=True)
+        assert not ops.pairwise_similarity(x).requires_grad
+        assert not ops.pairwise_similarity(x.detach(), x).requires_grad
+        assert not ops.pairwise_similarity_edges(x, threshold=0.1).values.requires_grad
+
+    def test_inference_mode(self, device):
+        x = torch.randn(600, 6, device=device)
+        plain = ops.pairwise_similarity(x)
+        with torch.inference_mode():
+            assert same_bits(plain, ops.pairwise_similarity(x.clone()))
+
+    @pytest.mark.parametrize(
+        "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+    )
+    def test_compiles_without_a_graph_break(self, backend, device):
+        def step(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = x * 2
+            words = ops.bitset_pack(y > 0)
+            sets = ops.bitset_similarity_edges(words, threshold=0.2)
+            rows = ops.pairwise_similarity_edges(y, None, "pearson", threshold=0.1)
+            bits = ops.bitset_unpack(words, y.shape[1])
+            return (
+                ops.bitset_similarity(words),
+                ops.pairwise_similarity(y, y.flip(0)),
+                bits,
+                sets.values * 2,
+                *sets,
+                *rows,
+            )
+
+        x = torch.randn(20, 70, device=device)
+        compiled = torch.compile(step, fullgraph=True, backend=backend)(x)
+        for eager, got in zip(step(x), compiled, strict=True):
+            assert same_bits(eager, got)
+        torch.compiler.reset()
+
+    def test_autocast_and_deterministic_mode(self, device, monkeypatch):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for
+        x = torch.randn(300, 60, device=device)
+        words = ops.bitset_pack(x > 0)
+        plain = ops.pairwise_similarity(x), ops.bitset_similarity(words)
+        plain_edges = ops.pairwise_similarity_edges(x, threshold=0.1)
+        torch.use_deterministic_algorithms(True)
+        try:
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                assert same_bits(plain[0], ops.pairwise_similarity(x))
+                assert same_bits(plain[1], ops.bitset_similarity(words))
+                assert_same_edges(plain_edges, ops.pairwise_similarity_edges(x, threshold=0.1))
+        finally:
+            torch.use_deterministic_algorithms(False)
