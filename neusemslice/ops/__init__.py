@@ -18,6 +18,7 @@ from neusemslice.ops.class_stats import (  # noqa: E402
     class_stats_,
     class_stats_merge_,
 )
+from neusemslice.ops.masked_optim import masked_adamw_, masked_sgd_  # noqa: E402
 
 __all__ = [
     "STATISTICS",
@@ -26,4 +27,6 @@ __all__ = [
     "class_order",
     "class_stats_",
     "class_stats_merge_",
+    "masked_adamw_",
+    "masked_sgd_",
 ]
