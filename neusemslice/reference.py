@@ -123,3 +123,95 @@ def pairwise_similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
     left, right = ([unit(row) for row in x.double().tolist()] for x in (a, b))
     values = [[math.fsum(x * y for x, y in zip(i, j, strict=True)) for j in right] for i in left]
     return torch.tensor(values, dtype=torch.float64).reshape(a.shape[0], b.shape[0]).clamp(-1, 1)
+
+
+def _whole(compact: Tensor | None, shape: torch.Size, rows: Tensor, dim: int) -> Tensor:
+    """A dense float64 tensor that holds `compact` in its tuned rows, and 0 elsewhere."""
+    dense = torch.zeros(shape, dtype=torch.float64)
+    return dense if compact is None else dense.index_copy(dim, rows, compact.double())
+
+
+def _dense_gradient(grad: Tensor, shape: torch.Size, rows: Tensor, dim: int) -> Tensor:
+    return grad.double() if grad.shape == shape else _whole(grad, shape, rows, dim)
+
+
+def _per_row(steps: Tensor | None, shape: torch.Size, rows: Tensor, dim: int) -> Tensor:
+    """The updates that each row has had, float64, ready to broadcast over the parameter."""
+    counts = torch.zeros(shape[dim], dtype=torch.float64)
+    if steps is not None:
+        counts[rows] = steps.double()
+    return counts.reshape([-1 if d == dim else 1 for d in range(len(shape))])
+
+
+def masked_sgd(
+    param: Tensor,
+    grad: Tensor,
+    momentum_buffer: Tensor | None,
+    steps: Tensor | None,
+    rows: Tensor,
+    neuron_dim: int,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+) -> dict[str, Tensor]:
+    """The parameter and its compact state after one step, in float64.
+
+    The step is taken densely, for every row; the tuned rows are then copied into the old values.
+    Shapes as ``ops.masked_sgd_``.
+    """
+    dim = neuron_dim % param.dim()
+    old = param.double()
+    g = _dense_gradient(grad, param.shape, rows, dim) / grad_scale
+    g = (-g if maximize else g) + weight_decay * old
+    buffer = _whole(momentum_buffer, param.shape, rows, dim)
+    counts = _per_row(steps, param.shape, rows, dim)
+    if momentum != 0:
+        buffer = torch.where(counts == 0, g, momentum * buffer + (1 - dampening) * g)
+        g = g + momentum * buffer if nesterov else buffer
+    dense = {"param": old - lr * g, "momentum_buffer": buffer}
+    after = {name: tensor.index_select(dim, rows) for name, tensor in dense.items()}
+    after["param"] = old.index_copy(dim, rows, after["param"])
+    after["step"] = counts.flatten()[rows] + 1
+    return after
+
+
+def masked_adamw(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    max_exp_avg_sq: Tensor | None,
+    steps: Tensor,
+    rows: Tensor,
+    neuron_dim: int,
+    *,
+    lr: float,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    amsgrad: bool = False,
+    maximize: bool = False,
+    grad_scale: float = 1.0,
+) -> dict[str, Tensor]:
+    """As ``masked_sgd``, for AdamW. Shapes as ``ops.masked_adamw_``."""
+    dim = neuron_dim % param.dim()
+    old = param.double()
+    g = _dense_gradient(grad, param.shape, rows, dim) / grad_scale
+    g = -g if maximize else g
+    t = _per_row(steps, param.shape, rows, dim) + 1
+    m = beta1 * _whole(exp_avg, param.shape, rows, dim) + (1 - beta1) * g
+    v = beta2 * _whole(exp_avg_sq, param.shape, rows, dim) + (1 - beta2) * g**2
+    bound = torch.maximum(_whole(max_exp_avg_sq, param.shape, rows, dim), v)
+    corrected = (bound if amsgrad else v) / (1 - beta2**t)
+    new = old - lr * weight_decay * old - lr * m / (1 - beta1**t) / (corrected.sqrt() + eps)
+    dense = {"param": new, "exp_avg": m, "exp_avg_sq": v, "max_exp_avg_sq": bound}
+    after = {name: tensor.index_select(dim, rows) for name, tensor in dense.items()}
+    after["param"] = old.index_copy(dim, rows, after["param"])
+    after["step"] = t.flatten()[rows]
+    return after

@@ -18,6 +18,7 @@ from neusemslice.ops.class_stats import (  # noqa: E402
     class_stats_,
     class_stats_merge_,
 )
+from neusemslice.ops.masked_optim import masked_adamw_, masked_sgd_  # noqa: E402
 from neusemslice.ops.similarity import (  # noqa: E402
     Edges,
     bitset_pack,
@@ -40,6 +41,8 @@ __all__ = [
     "class_order",
     "class_stats_",
     "class_stats_merge_",
+    "masked_adamw_",
+    "masked_sgd_",
     "pairwise_similarity",
     "pairwise_similarity_edges",
 ]

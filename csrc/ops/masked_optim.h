@@ -1,0 +1,114 @@
+#pragma once
+
+// Optimizer steps over tuned rows only, one call over many parameters.
+//
+// Parameter i is tuned at the indices rows[i] of its dimension neuron_dims[i]: int64 [R], rising,
+// each in [0, D). Nothing else of the parameter is read or written, so all of it keeps its bits
+// whatever the decay, momentum or schedule. On the CPU the rows are checked; on CUDA, where the
+// host cannot look without waiting, a row outside [0, D) is skipped and a repeated row is updated
+// in an undefined way.
+//
+// masked_sgd_: torch.optim.SGD's step. momentum_buffers and steps are empty where momentum is 0.
+// masked_adamw_: torch.optim.AdamW's step. max_exp_avg_sqs is empty without amsgrad.
+//
+// Per parameter:
+//   params    float64, float32, float16 or bfloat16, at least one dimension, any strides but no two
+//             elements in one place
+//   grads     dtype of the parameter, any strides; the shape of the parameter (full), or that with
+//             D replaced by R (compact); not changed, not even by grad_scale
+//   the state float64 for float64 parameters and float32 for all others, which is also what the
+//             arithmetic is in; contiguous, the shape of the parameter with D replaced by R
+//   steps     float32 [R], contiguous: how many updates each row has had. Bias correction and the
+//             first momentum go by it, so a row that joins later starts as a fresh one.
+// For all of them:
+//   lr          float64 or float32 [], on the CPU (read by the host at once) or on the parameters'
+//               device (read by the kernel, so that a captured graph follows it)
+//   grad_scale  float32, one element: the gradients arrive multiplied by it
+//   found_inf   float32, one element: unless it is 0, nothing changes, the steps included
+//
+// Each element belongs to one thread, so the bits depend neither on the number of threads nor on
+// the schedule. There is no wait for the device.
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "common/tuned_rows.h"
+
+namespace neusemslice::ops {
+
+void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                 at::TensorList steps, at::TensorList rows, at::IntArrayRef neuron_dims,
+                 const at::Tensor& lr, double momentum, double dampening, double weight_decay,
+                 bool nesterov, bool maximize, const std::optional<at::Tensor>& grad_scale,
+                 const std::optional<at::Tensor>& found_inf);
+
+void masked_adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+                   at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs, at::TensorList steps,
+                   at::TensorList rows, at::IntArrayRef neuron_dims, const at::Tensor& lr,
+                   double beta1, double beta2, double eps, double weight_decay, bool amsgrad,
+                   bool maximize, const std::optional<at::Tensor>& grad_scale,
+                   const std::optional<at::Tensor>& found_inf);
+
+// What the CPU and the CUDA kernels share: checked arguments, reduced to raw pointers and strides.
+
+// The state of one kind of all parameters; empty lists where the options ask for none.
+struct StateList {
+  const char* name;
+  at::TensorList tensors;
+  bool wanted;
+};
+
+// One parameter with what belongs to it; a state that is not wanted is undefined.
+struct TunedTensor {
+  at::Tensor param;
+  at::Tensor grad;
+  at::Tensor rows;   // contiguous
+  at::Tensor steps;  // undefined where they are not wanted
+  std::array<at::Tensor, 3> states;
+  int64_t dimension;  // D
+  int64_t elements;   // of each state
+  TunedRows where;    // not filled in where there are no elements
+
+  template <typename T>
+  T* state(size_t kind) const {
+    return states[kind].defined() ? states[kind].mutable_data_ptr<T>() : nullptr;
+  }
+  float* step_counts() const { return steps.defined() ? steps.mutable_data_ptr<float>() : nullptr; }
+};
+
+// Scalars as both the host and the kernels read them; null where absent.
+struct StepScalars {
+  double lr_value = 0;  // used where both pointers are null
+  const double* lr_double = nullptr;
+  const float* lr_float = nullptr;
+  const float* grad_scale = nullptr;
+  const float* found_inf = nullptr;
+
+  NSS_HOST_DEVICE double lr() const {
+    return lr_double ? *lr_double : lr_float ? static_cast<double>(*lr_float) : lr_value;
+  }
+  NSS_HOST_DEVICE float scale() const { return grad_scale ? *grad_scale : 1.0f; }
+  NSS_HOST_DEVICE bool skipped() const { return found_inf && *found_inf != 0; }
+};
+
+// `states` are at most three, in the order in which they are listed in TunedTensor.
+std::vector<TunedTensor> checked_tensors(const char* op, at::TensorList params,
+                                         at::TensorList grads, const std::vector<StateList>& states,
+                                         at::TensorList steps, bool steps_wanted,
+                                         at::TensorList rows, at::IntArrayRef neuron_dims);
+
+StepScalars checked_scalars(const char* op, const std::vector<TunedTensor>& tensors,
+                            const at::Tensor& lr, const std::optional<at::Tensor>& grad_scale,
+                            const std::optional<at::Tensor>& found_inf);
+
+void check_sgd_options(double momentum, double dampening, bool nesterov);
+void check_adamw_options(double beta1, double beta2);
+
+// Marks the parameters and their state as changed.
+void bump_tensors(const std::vector<TunedTensor>& tensors);
+
+}  // namespace neusemslice::ops
