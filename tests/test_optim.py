@@ -3,10 +3,11 @@
 import copy
 import io
 import warnings
+from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import same_bits
+from helpers import num_threads, same_bits
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
@@ -43,6 +44,16 @@ LAYERS = {
     "nothing": ((5, 4), 0, []),
     "everything": ((3, 4), 0, [0, 1, 2]),
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """torch's square root starts threads even for ten numbers, and waits for them a thousand times.
+
+    On a busy machine that makes seconds into minutes; threads are the operators' tests' business.
+    """
+    with num_threads(1):
+        yield
 
 
 def parameters(device: torch.device) -> list[nn.Parameter]:
