@@ -25,7 +25,6 @@ except ImportError as error:
     )
 
 ROOT = Path(__file__).parent.resolve()
-# Read by CMakeLists.txt too, so that both builds compile with the same warnings and standard.
 CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "--expt-relaxed-constexpr", "-lineinfo"]
 
