@@ -1,0 +1,27 @@
+"""Which parameters belong to a neuron, where it is observed, and what it is coupled to."""
+
+from neusemslice.graph.model import (
+    Inputs,
+    device_of,
+    evaluation,
+    fingerprint,
+    logits_of,
+)
+from neusemslice.graph.sites import Graph, Group, Layer, Reader, Site, Span
+from neusemslice.graph.trace import dependency_graph, trace
+
+__all__ = [
+    "Graph",
+    "Group",
+    "Inputs",
+    "Layer",
+    "Reader",
+    "Site",
+    "Span",
+    "dependency_graph",
+    "device_of",
+    "evaluation",
+    "fingerprint",
+    "logits_of",
+    "trace",
+]

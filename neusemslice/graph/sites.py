@@ -1,0 +1,175 @@
+"""What a graph says of a model: sites, the tensors their neurons own, and coupled groups."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a site's neurons lie along one dimension of a parameter or buffer.
+
+    Neuron ``c`` owns the indices ``start + c * repeat … start + (c + 1) * repeat - 1`` of
+    dimension ``dim`` of ``tensor`` (its name in the model's state dict). ``repeat`` is above 1
+    where an image was flattened, so that a neuron has one feature per pixel.
+    """
+
+    tensor: str
+    dim: int
+    start: int = 0
+    repeat: int = 1
+
+    def indices(self, neurons: Tensor) -> Tensor:
+        """Indices along ``dim`` of the given neurons, int64, ascending if the neurons are."""
+        within = torch.arange(self.repeat, device=neurons.device)
+        return (self.start + neurons.unsqueeze(1) * self.repeat + within).flatten()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A module whose input carries a site's neurons, from feature ``start`` on.
+
+    The features are in dimension ``dim`` of the input (1 for convolutions, -1 for linear layers).
+    """
+
+    module: str
+    dim: int
+    start: int = 0
+    repeat: int = 1
+
+    def take(self, x: Tensor, neurons: int) -> Tensor:
+        """The site's part of the module's input ``x``; flattened pixels get a dimension again."""
+        part = x.narrow(self.dim, self.start, neurons * self.repeat)
+        if self.repeat > 1:
+            at = self.dim % x.ndim
+            part = part.reshape(*x.shape[:at], neurons, self.repeat, *x.shape[at + 1 :])
+        return part
+
+    @property
+    def neuron_dim(self) -> int:
+        """Where the neurons are in what ``take`` returns."""
+        return self.dim - 1 if self.repeat > 1 and self.dim < 0 else self.dim
+
+
+@dataclass(frozen=True)
+class Site:
+    """A group of neurons that is observed at one place.
+
+    Attributes:
+        name: of the first producer.
+        neurons: how many, ``C``.
+        group: index of its coupled group in ``Graph.groups``.
+        producers: the modules whose outputs the neurons are.
+        readers: the modules that read them; the first is where they are observed, at its input.
+        rows: what the neurons own: producers' rows, biases, norm affine and running statistics.
+        columns: the weights with which the readers read them.
+    """
+
+    name: str
+    neurons: int
+    group: int
+    producers: tuple[str, ...]
+    readers: tuple[Reader, ...]
+    rows: tuple[Span, ...]
+    columns: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites whose neurons are kept or removed together, neuron by neuron.
+
+    ``kept_whole`` says why none of its neurons may be removed; it is empty where they may.
+    """
+
+    sites: tuple[str, ...]
+    kept_whole: str = ""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer.
+
+    Attributes:
+        name: of the module.
+        inputs, outputs: neurons on either side.
+        macs: multiply-adds of one sample.
+        depthwise: whether each neuron reads only its own predecessor.
+    """
+
+    name: str
+    inputs: int
+    outputs: int
+    macs: int
+    depthwise: bool
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The sites of a model, in the order in which a forward pass meets them.
+
+    Attributes:
+        fingerprint: of the model's structure (names, shapes and dtypes of its tensors).
+        num_outputs: size of the last dimension of the model's output.
+        sites, groups: see ``Site`` and ``Group``.
+        layers: all convolutions and linear layers.
+        outputs: modules whose neurons are the model's answer.
+        skipped: modules that are not observed, and why.
+    """
+
+    fingerprint: str
+    num_outputs: int
+    sites: tuple[Site, ...]
+    groups: tuple[Group, ...]
+    layers: tuple[Layer, ...]
+    outputs: tuple[str, ...]
+    skipped: Mapping[str, str]
+
+    def site(self, name: str) -> Site:
+        """The site of that name.
+
+        Raises:
+            KeyError: naming it and the known ones.
+        """
+        for site in self.sites:
+            if site.name == name:
+                return site
+        known = ", ".join(site.name for site in self.sites)
+        raise KeyError(f"no site {name!r}; the model has {known}")
+
+    @property
+    def neurons(self) -> int:
+        """Neurons of all sites."""
+        return sum(site.neurons for site in self.sites)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain lists and dicts, for a file's metadata."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Graph:
+        """The inverse of ``to_json``."""
+        return cls(
+            fingerprint=str(raw["fingerprint"]),
+            num_outputs=int(raw["num_outputs"]),
+            sites=tuple(
+                Site(
+                    name=site["name"],
+                    neurons=int(site["neurons"]),
+                    group=int(site["group"]),
+                    producers=tuple(site["producers"]),
+                    readers=tuple(Reader(**reader) for reader in site["readers"]),
+                    rows=tuple(Span(**span) for span in site["rows"]),
+                    columns=tuple(Span(**span) for span in site["columns"]),
+                )
+                for site in raw["sites"]
+            ),
+            groups=tuple(Group(tuple(g["sites"]), g["kept_whole"]) for g in raw["groups"]),
+            layers=tuple(Layer(**layer) for layer in raw["layers"]),
+            outputs=tuple(raw["outputs"]),
+            skipped=dict(raw["skipped"]),
+        )

@@ -1,0 +1,258 @@
+"""A profile against sums over all activations at once, and what the profiler promises."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import IMAGES, Mlp, Reused, loader, settled
+from torch import nn
+
+import neusemslice as nss
+from neusemslice import reference
+from neusemslice.profiling import Profile
+
+BATCHES = loader()
+VECTORS = loader(shape=(12,))
+
+
+def everything(model, batches):
+    """Inputs of every layer over all batches at once, and the gradients of the summed loss."""
+    x, y = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    inputs = {}
+
+    def hook(module, args):
+        args[0].requires_grad_()
+        if not args[0].is_leaf:
+            args[0].retain_grad()
+        inputs[module] = args[0]
+
+    named = dict(model.named_modules())
+    layers = [m for m in named.values() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    handles = [m.register_forward_pre_hook(hook) for m in layers]
+    F.cross_entropy(model(x), y, reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    return {name: inputs[m] for name, m in named.items() if m in inputs}, y
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_equals_all_activations_at_once(name):
+    model = settled(IMAGES[name](), 1, 8, 8)
+    profile = nss.profile(model, BATCHES, metrics=("avg", "var", "taylor"))
+    tensors, y = everything(copy.deepcopy(model), BATCHES)
+    assert profile.graph.sites
+    for site in profile.graph.sites:
+        reader = site.readers[0]
+        x = tensors[reader.module]
+        dim = 1 if x.ndim == 4 else -1
+        span = slice(reader.start, reader.start + site.neurons * reader.repeat)
+        a, g = (t.movedim(dim, 1)[:, span].detach() for t in (x, x.grad))
+        a, g = (t.reshape(len(y), site.neurons, -1) for t in (a, g))
+        expected = reference.class_stats(a, y, 4)
+        stats = profile.activations[site.name]
+        torch.testing.assert_close(stats.mean, expected.mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.m2, expected.m2, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(stats.max.double(), expected.max, rtol=1e-5, atol=1e-6)
+        contribution = reference.class_stats((a * g).mean(2), y, 4)
+        got = profile.contributions[site.name]
+        scale = contribution.mean_abs.max()
+        torch.testing.assert_close(got.mean, contribution.mean, rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(
+            got.mean_abs.double(), contribution.mean_abs, rtol=1e-4, atol=1e-5 * scale
+        )
+
+
+def test_any_batch_split_gives_the_same():
+    model = settled(IMAGES["residual"](), 1, 8, 8)
+    x, y = torch.cat([b[0] for b in BATCHES]), torch.cat([b[1] for b in BATCHES])
+    one = nss.profile(model, [(x, y)])
+    many = nss.profile(model, list(zip(x.split(5), y.split(5), strict=True)))
+    for site in one.activations:
+        for name, tensor in one.activations[site].tensors().items():
+            other = many.activations[site].tensors()[name]
+            torch.testing.assert_close(tensor, other, rtol=1e-5, atol=1e-6)
+
+
+class TestBatches:
+    def same(self, batches, **options):
+        model = settled(Mlp(), 12)
+        expected = nss.profile(model, VECTORS)
+        got = nss.profile(model, batches, **options)
+        for site, stats in expected.activations.items():
+            assert torch.equal(stats.mean, got.activations[site].mean)
+
+    def test_tuples_lists_and_label_types(self):
+        for convert in (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.int):
+            self.same([(x, convert(y)) for x, y in VECTORS])
+        self.same([[x, y] for x, y in VECTORS])
+
+    @pytest.mark.parametrize("key", ["labels", "label"])
+    def test_mappings(self, key):
+        self.same([{"x": x, key: y} for x, y in VECTORS])
+
+    def test_labels_callable(self):
+        answers = iter([y for _, y in VECTORS])
+        self.same([x for x, _ in VECTORS], labels=lambda batch: next(answers))
+
+    def test_ignored_samples_do_not_count(self):
+        x, y = torch.randn(6, 12), torch.tensor([0, 1, -100, 2, -100, 3])
+        model = settled(Mlp(), 12)
+        some = nss.profile(model, [(x, y)])
+        kept = y >= 0
+        only = nss.profile(model, [(x[kept], y[kept])])
+        assert some.samples.tolist() == [1, 1, 1, 1]
+        for site, stats in some.activations.items():
+            torch.testing.assert_close(stats.mean, only.activations[site].mean)
+            torch.testing.assert_close(
+                some.contributions[site].mean_abs, only.contributions[site].mean_abs
+            )
+
+
+class TestModelIsLeftAlone:
+    @pytest.mark.parametrize("metrics", [("avg",), ("taylor",)])
+    def test_tensors_modes_flags_hooks_and_gradients(self, metrics):
+        model = settled(IMAGES["lenet"](), 1, 8, 8).train()
+        model[1].eval()
+        for parameter in model.parameters():
+            parameter.grad = torch.full_like(parameter, 7)
+        frozen = next(model.parameters())
+        frozen.requires_grad_(False)
+        before = {k: v.clone() for k, v in model.state_dict().items()}
+        nss.profile(model, BATCHES, metrics)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key]), key
+        assert all((p.grad == 7).all() for p in model.parameters())
+        assert not frozen.requires_grad
+        assert model.training
+        assert not model[1].training
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+    def test_after_an_error_too(self):
+        model = settled(Mlp(), 12).train()
+        with pytest.raises(ValueError, match="labels"):
+            nss.profile(model, [*VECTORS, (torch.randn(2, 12), torch.tensor([0, 9]))])
+        assert model.training
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+    def test_weight_gradients_are_not_computed(self, monkeypatch):
+        asked = []
+        real = torch.autograd.grad
+
+        def spy(outputs, inputs, **options):
+            asked.extend(inputs)
+            return real(outputs, inputs, **options)
+
+        monkeypatch.setattr(torch.autograd, "grad", spy)
+        model = settled(Mlp(), 12)
+        nss.profile(model, VECTORS)
+        parameters = {id(p) for p in model.parameters()}
+        assert asked
+        assert not any(id(t) in parameters for t in asked)
+
+
+class TestRefusals:
+    def test_metrics(self):
+        with pytest.raises(ValueError, match=r"profile: metrics must be among .*got \('sum',\)"):
+            nss.profile(Mlp(), VECTORS, ("sum",))
+        with pytest.raises(ValueError, match="metrics must be among"):
+            nss.profile(Mlp(), VECTORS, ())
+
+    def test_a_loader_that_yields_nothing(self):
+        with pytest.raises(ValueError, match="profile: the loader yielded no batch"):
+            nss.profile(Mlp(), [])
+
+    @pytest.mark.parametrize(
+        ("labels", "error", "message"),
+        [
+            (
+                torch.tensor([0.0, 1.0]),
+                TypeError,
+                r"batch 0: labels must be integers \[N\], got float32",
+            ),
+            (
+                torch.tensor([[0], [1]]),
+                ValueError,
+                r"one number per sample \[N\], got int64 \[2, 1\]",
+            ),
+            (torch.tensor([0, 4]), ValueError, r"labels must lie in \[0, 4\).*got 4 at index 1"),
+            (
+                torch.tensor([0, 1, 2]),
+                ValueError,
+                "the batch has 3 labels, but 2 samples at site first",
+            ),
+        ],
+    )
+    def test_labels(self, labels, error, message):
+        with pytest.raises(error, match=message):
+            nss.profile(settled(Mlp(), 12), [(torch.randn(2, 12), labels)])
+
+    def test_batches_of_no_known_form(self):
+        with pytest.raises(TypeError, match=r"batch 0 must be .*got Tensor"):
+            nss.profile(Mlp(), [torch.randn(2, 12)])
+        with pytest.raises(
+            TypeError, match=r"batch 0 has no key 'labels' or 'label', only \['x'\]"
+        ):
+            nss.profile(Mlp(), [{"x": torch.randn(2, 12)}])
+
+    def test_class_names(self):
+        with pytest.raises(ValueError, match="class_names must be 4 names, got 2"):
+            nss.profile(Mlp(), VECTORS, class_names=["a", "b"])
+
+
+class TestNonfinite:
+    def test_is_counted_per_site(self):
+        model = settled(Mlp(), 12)
+        with torch.no_grad():
+            model.first.bias[3] = torch.inf
+        profile = nss.profile(model, VECTORS, ("avg",))
+        counts = profile.nonfinite()
+        assert counts["first"] == 24
+        assert profile.activations["first"].nonfinite[3] == 24
+
+
+class TestFile:
+    def test_round_trip(self, tmp_path):
+        profile = nss.profile(settled(Reused(), 12), VECTORS, class_names=["a", "b", "c", "ü"])
+        loaded = Profile.load(profile.save(tmp_path / "p.safetensors"))
+        assert (loaded.graph, loaded.class_names, loaded.metrics) == (
+            profile.graph,
+            profile.class_names,
+            profile.metrics,
+        )
+        for part in ("activations", "contributions"):
+            for site, stats in getattr(profile, part).items():
+                for name, tensor in stats.tensors().items():
+                    assert torch.equal(getattr(loaded, part)[site].tensors()[name], tensor)
+
+    def test_a_tensor_of_another_shape_is_refused(self, tmp_path):
+        from neusemslice import _files
+
+        profile = nss.profile(settled(Mlp(), 12), VECTORS, ("avg",))
+        tensors, content = profile.to_file()
+        tensors["activations/first/mean"] = torch.zeros(4, 3, dtype=torch.float64)
+        path = _files.write(tmp_path / "p", "profile", tensors, content)
+        with pytest.raises(
+            ValueError, match="p is damaged: activations of site first have the wrong"
+        ):
+            Profile.load(path)
+
+
+def test_a_custom_loss_and_class_count():
+    class Regression(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = nn.Linear(12, 6), nn.Linear(6, 1)
+
+        def forward(self, x):
+            return self.head(self.first(x).relu())
+
+    profile = nss.profile(
+        Regression(),
+        VECTORS,
+        num_classes=5,
+        loss=lambda output, labels: (output[:, 0] - labels).square(),
+    )
+    assert profile.num_classes == 5
+    assert profile.samples.tolist() == [6, 6, 6, 6, 0]
+    assert (profile.contributions["first"].mean_abs[:4] > 0).any()
