@@ -1,0 +1,219 @@
+"""Semantic slicing: from a profile to critical sets, class groups and semantic components.
+
+A neuron's signature is its row of class shares, centred: which classes it stands for, whatever its
+size. Critical neurons of all layers whose signatures correlate form a component. Components are
+stars: the heaviest neuron that is still free takes every free neuron that is similar to it. Every
+member is then close to its centre, so components do not chain through the similarity graph, which
+its connected components do. Neurons without a preference (a centred signature of 0) are one
+component of their own.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.cluster import hierarchy
+from scipy.sparse import coo_array
+from torch import Tensor
+
+from neusemslice import _files
+from neusemslice.ops import bitset_pack, bitset_similarity, pairwise_similarity_edges
+from neusemslice.profiling import Profile
+from neusemslice.slicing.scores import SCORES, critical_sets, shares
+from neusemslice.slicing.slice import Slice
+
+SAME_COMPONENT = 0.8
+"""Correlation of signatures from which on a neuron belongs to a component's centre."""
+
+GROUP_CUT = 0.7
+"""Where the tree of classes is cut into groups, as a share of its height.
+
+Relative to the tree, because critical sets of a narrow network overlap far more than those of a
+wide one; 0.7 is where scipy's dendrogram starts new colours.
+"""
+
+
+@dataclass
+class SemanticSlicing:
+    """Which neurons are critical to which classes, and what belongs together.
+
+    Attributes:
+        profile: what it was made from.
+        metric, threshold: how contribution was scored, and θ.
+        shares: per site, contribution shares, float64 ``[K, C]``.
+        critical: per site, critical sets, bool ``[K, C]``.
+        class_similarity: Jaccard similarity of the classes' critical sets over all sites,
+            float32 ``[K, K]``.
+        class_groups: int64 ``[K]``, the group of each class.
+        components: per site, int64 ``[C]``, the semantic component of each neuron; -1 where the
+            neuron is critical to no class. Component 0 has the heaviest centre.
+    """
+
+    profile: Profile
+    metric: str
+    threshold: float
+    shares: dict[str, Tensor]
+    critical: dict[str, Tensor]
+    class_similarity: Tensor
+    class_groups: Tensor
+    components: dict[str, Tensor]
+
+    @property
+    def num_components(self) -> int:
+        return 1 + max((int(c.max()) for c in self.components.values() if c.numel()), default=-1)
+
+    def critical_slice(self, classes: list[int] | None = None) -> Slice:
+        """Neurons that are critical to any of the classes; to any class by default.
+
+        Raises:
+            ValueError: for a class out of range.
+        """
+        k = self.profile.num_classes
+        chosen = list(range(k)) if classes is None else classes
+        for number in chosen:
+            if not 0 <= number < k:
+                raise ValueError(f"critical_slice: classes must lie in [0, {k}), got {number}")
+        return Slice(
+            self.profile.graph, {name: c[chosen].any(0) for name, c in self.critical.items()}
+        )
+
+    def component_slice(self, component: int) -> Slice:
+        """The neurons of one semantic component."""
+        return Slice(
+            self.profile.graph, {name: c == component for name, c in self.components.items()}
+        )
+
+    def importance(self, site: str) -> Tensor:
+        """Each neuron's share in the class to which it matters most, float64 ``[C]``."""
+        p = self.shares[site]
+        return p.amax(0) if p.shape[0] else p.new_zeros(p.shape[1])
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the slicing and the profile that it was made from to one file, atomically."""
+        tensors, content = self.profile.to_file()
+        tensors |= {f"components/{name}": c for name, c in self.components.items()}
+        tensors["class_similarity"] = self.class_similarity
+        tensors["class_groups"] = self.class_groups
+        content |= {"metric": self.metric, "threshold": self.threshold}
+        return _files.write(path, "slicing", tensors, content)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> SemanticSlicing:
+        """Reads what ``save`` wrote.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file and what is wrong with it.
+        """
+
+        def build(tensors: dict[str, Tensor], content: dict[str, Any]) -> SemanticSlicing:
+            profile = Profile.from_file(tensors, content)
+            metric, threshold = str(content["metric"]), float(content["threshold"])
+            p, critical = _critical(profile, metric, threshold)
+            return cls(
+                profile=profile,
+                metric=metric,
+                threshold=threshold,
+                shares=p,
+                critical=critical,
+                class_similarity=tensors["class_similarity"],
+                class_groups=tensors["class_groups"],
+                components={s.name: tensors[f"components/{s.name}"] for s in profile.graph.sites},
+            )
+
+        return _files.read(path, "slicing", build)
+
+
+def slice_profile(
+    profile: Profile, metric: str = "taylor", threshold: float = 0.95
+) -> SemanticSlicing:
+    """Slices a profile semantically.
+
+    Args:
+        profile: what ``neusemslice.profile`` gave.
+        metric: how contribution is scored; one that the profile was made for.
+        threshold: θ in (0, 1], the share of a class's contribution that its critical set reaches.
+
+    Raises:
+        ValueError: for a metric that the profile does not have, θ outside (0, 1], a profile
+            without samples, or one that met NaN or infinite activations (the message names the
+            site and the count).
+    """
+    if metric not in profile.metrics:
+        raise ValueError(
+            f"slice: metric must be one of the profile's {profile.metrics}, got {metric!r}"
+        )
+    if not 0 < threshold <= 1:
+        raise ValueError(f"slice: threshold must lie in (0, 1], got {threshold}")
+    if bad := profile.nonfinite():
+        listed = ", ".join(f"{name} ({count})" for name, count in bad.items())
+        raise ValueError(f"slice: the profile met activations that are NaN or infinite at {listed}")
+    if not bool((profile.samples > 0).any()):
+        raise ValueError("slice: the profile has no sample of any class")
+    p, critical = _critical(profile, metric, threshold)
+    sets = torch.cat([critical[s.name] for s in profile.graph.sites], dim=1)
+    similarity = bitset_similarity(bitset_pack(sets), metric="jaccard")
+    return SemanticSlicing(
+        profile=profile,
+        metric=metric,
+        threshold=threshold,
+        shares=p,
+        critical=critical,
+        class_similarity=similarity,
+        class_groups=_class_groups(similarity),
+        components=_components(p, critical),
+    )
+
+
+def _critical(
+    profile: Profile, metric: str, threshold: float
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    p = {s.name: shares(SCORES[metric](profile, s.name).cpu()) for s in profile.graph.sites}
+    return p, {name: critical_sets(site, threshold) for name, site in p.items()}
+
+
+def _class_groups(similarity: Tensor) -> Tensor:
+    """Groups of classes by average linkage, numbered from 0."""
+    k = similarity.shape[0]
+    if k < 2:
+        return torch.zeros(k, dtype=torch.int64)
+    upper = np.triu_indices(k, 1)
+    distances = 1.0 - similarity.double().numpy()[upper]
+    tree = hierarchy.linkage(distances, method="average")
+    groups = hierarchy.fcluster(tree, t=GROUP_CUT * tree[-1, 2], criterion="distance")
+    return torch.from_numpy(groups.astype(np.int64) - 1)
+
+
+def _components(p: dict[str, Tensor], critical: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Star-shaped components of the critical neurons of all sites, per site int64 ``[C]``."""
+    chosen = torch.cat([c.any(0) for c in critical.values()])
+    profile_of = torch.cat([site.t() for site in p.values()])[chosen]  # [neurons, K]
+    signatures = profile_of - profile_of.mean(1, keepdim=True)
+    weight = profile_of.amax(1)
+    count = len(signatures)
+    edges = pairwise_similarity_edges(signatures, metric="cosine", threshold=SAME_COMPONENT)
+    rows, cols = edges.rows.numpy(), edges.cols.numpy()
+    ones = np.ones(len(rows), dtype=bool)
+    upper = coo_array((ones, (rows, cols)), shape=(count, count)).tocsr()
+    neighbours = (upper + upper.T).tocsr()
+    label = np.full(count, -1, dtype=np.int64)
+    plain = (signatures == 0).all(1).numpy()
+    components = 0
+    for centre in weight.sort(descending=True, stable=True).indices.tolist():
+        if label[centre] >= 0:
+            continue
+        if plain[centre]:
+            label[plain] = components
+        else:
+            near = neighbours.indices[neighbours.indptr[centre] : neighbours.indptr[centre + 1]]
+            label[near[label[near] < 0]] = components
+            label[centre] = components
+        components += 1
+    every = torch.full((len(chosen),), -1, dtype=torch.int64)
+    every[chosen] = torch.from_numpy(label)
+    sizes = [site.shape[1] for site in p.values()]
+    return dict(zip(p, every.split(sizes), strict=True))
