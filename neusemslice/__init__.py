@@ -1,0 +1,29 @@
+"""Find which neurons of a trained network carry which classes, and maintain the network with it.
+
+import neusemslice as nss
+
+profile = nss.profile(model, loader)
+slicing = nss.slice(profile, threshold=0.95)
+small = nss.restructure(model, slicing, calibration=loader, macs=0.5)
+fitted = nss.readapt(model, slicing, new_loader, budget=0.2)
+grown = nss.extend(model, slicing, new_classes_loader)
+"""
+
+from neusemslice import ops, optim
+from neusemslice.maintain import extend, readapt, restructure
+from neusemslice.profiling import Profile, profile
+from neusemslice.slicing import SemanticSlicing, Slice
+from neusemslice.slicing import slice_profile as slice  # noqa: A004
+
+__all__ = [
+    "Profile",
+    "SemanticSlicing",
+    "Slice",
+    "extend",
+    "ops",
+    "optim",
+    "profile",
+    "readapt",
+    "restructure",
+    "slice",
+]

@@ -235,6 +235,6 @@ def _pairwise_similarity_edges_fake(
 
 # Not differentiable. Autograd passes these by, so that their results do not claim a gradient that
 # no backward pass could give. The registration lives as long as the object.
-_autograd = torch.library.Library("neusemslice", "IMPL")  # type: ignore[no-untyped-call]
+_autograd = torch.library.Library("neusemslice", "IMPL")
 for _name in ("pairwise_similarity", "pairwise_similarity_edges"):
-    _autograd.impl(_name, torch.library.fallthrough_kernel, "Autograd")  # type: ignore[no-untyped-call]
+    _autograd.impl(_name, torch.library.fallthrough_kernel, "Autograd")

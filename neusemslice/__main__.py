@@ -1,0 +1,5 @@
+"""``python -m neusemslice``: the command line."""
+
+from neusemslice.cli import main
+
+main()

@@ -1,0 +1,28 @@
+"""From a slice to a restructured, re-adapted or extended model."""
+
+from neusemslice.maintain.cost import Cost, latency, measure, parameter_count
+from neusemslice.maintain.extend import Extended, ExtendReport, extend
+from neusemslice.maintain.readapt import Readapted, ReadaptReport, readapt
+from neusemslice.maintain.restructure import Restructured, RestructureReport, restructure
+from neusemslice.maintain.tasks import Task, TaskModel
+from neusemslice.maintain.training import Training, fit
+
+__all__ = [
+    "Cost",
+    "ExtendReport",
+    "Extended",
+    "ReadaptReport",
+    "Readapted",
+    "RestructureReport",
+    "Restructured",
+    "Task",
+    "TaskModel",
+    "Training",
+    "extend",
+    "fit",
+    "latency",
+    "measure",
+    "parameter_count",
+    "readapt",
+    "restructure",
+]

@@ -1,0 +1,308 @@
+"""Restructuring: a physically smaller model that holds a slice and nothing else.
+
+Critical neurons stay, the rest is removed. The slice is closed under coupling first (a coupled
+neuron stays if any site of its group keeps it; a group that cannot lose neurons stays whole).
+torch-pruning cuts a copy; then the copy must answer as the original does with the removed neurons
+masked, or nothing is returned.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neusemslice.graph import (
+    Graph,
+    Group,
+    Inputs,
+    Reader,
+    Site,
+    dependency_graph,
+    device_of,
+    evaluation,
+    logits_of,
+)
+from neusemslice.maintain.cost import Cost, measure, sliced_cost
+from neusemslice.profiling import batches
+from neusemslice.slicing import SemanticSlicing, Slice
+
+TOLERANCE = 1e-5
+"""Largest difference between pruned and masked, relative to the output's scale (float32)."""
+
+
+@dataclass(frozen=True)
+class RestructureReport:
+    """What restructuring did.
+
+    Attributes:
+        before, after: cost of the model; latency is on the first calibration batch.
+        widths: per site, neurons before and after.
+        kept_whole: per site that could not lose neurons, why.
+        difference: largest difference between pruned and masked, relative to the output's scale.
+    """
+
+    before: Cost
+    after: Cost
+    widths: dict[str, tuple[int, int]]
+    kept_whole: dict[str, str]
+    difference: float
+
+
+@dataclass(frozen=True)
+class Restructured:
+    """The smaller model, the slice of the original that it holds, and the report."""
+
+    model: nn.Module
+    kept: Slice
+    report: RestructureReport
+
+
+def restructure(
+    model: nn.Module,
+    slicing: SemanticSlicing | Slice,
+    *,
+    calibration: Iterable[Any],
+    macs: float | None = None,
+    params: float | None = None,
+    keep: float | None = None,
+) -> Restructured:
+    """Removes the neurons outside a slice from a copy of the model.
+
+    Without a target the critical slice (or the given ``Slice``) stays. With a target, every coupled
+    group keeps the same share of its neurons, the largest that meets the target, and within the
+    group those with the greatest share in the contribution to any one class.
+
+    Args:
+        model: the one that the slicing was made from; it is left as it was.
+        slicing: from ``neusemslice.slice``, or the slice to keep.
+        calibration: a loader whose first batch the result is checked with.
+        macs, params: share of the multiply-adds or of the parameters to keep at most.
+        keep: share of each group's neurons to keep.
+
+    Raises:
+        ValueError: for a slicing of another model, several targets, a target outside (0, 1], one
+            that cannot be met, or a target together with a ``Slice``.
+        RuntimeError: if the pruned model does not answer as the masked one; the message names the
+            first site that differs.
+    """
+    graph = slicing.profile.graph if isinstance(slicing, SemanticSlicing) else slicing.graph
+    inputs, _ = next(iter(batches(calibration, "restructure", device_of(model))))
+    targets = {"macs": macs, "params": params, "keep": keep}
+    chosen = {name: value for name, value in targets.items() if value is not None}
+    if len(chosen) > 1:
+        raise ValueError(f"restructure: give one target, got {sorted(chosen)}")
+    for name, value in chosen.items():
+        if not 0 < value <= 1:
+            raise ValueError(f"restructure: {name} must lie in (0, 1], got {value}")
+    if isinstance(slicing, Slice):
+        if chosen:
+            raise ValueError(
+                "restructure: a target needs a slicing to rank neurons by, got a Slice"
+            )
+        wanted = slicing
+    else:
+        wanted = slicing.critical_slice()
+    wanted.check_model(model)
+    if isinstance(slicing, SemanticSlicing) and chosen:
+        wanted = _meet(model, slicing, **chosen)
+    kept = _removable(wanted)
+    pruned = prune(model, kept, inputs)
+    difference = check_pruned(model, pruned, kept, inputs)
+    return Restructured(
+        pruned,
+        kept,
+        RestructureReport(
+            before=measure(model, inputs),
+            after=measure(pruned, inputs),
+            widths={s.name: (s.neurons, int(kept.mask(s.name).sum())) for s in graph.sites},
+            kept_whole={n: g.kept_whole for g in graph.groups if g.kept_whole for n in g.sites},
+            difference=difference,
+        ),
+    )
+
+
+def _removable(wanted: Slice) -> Slice:
+    """The closed slice, with whole groups where nothing may be removed, and no site left empty."""
+    masks = wanted.closed().masks()
+    for group in wanted.graph.groups:
+        for name in group.sites:
+            if group.kept_whole:
+                masks[name] = torch.ones_like(masks[name])
+            elif not masks[name].any():
+                raise ValueError(f"restructure: no neuron of site {name} would be left")
+    return Slice(wanted.graph, masks)
+
+
+def _meet(
+    model: nn.Module,
+    slicing: SemanticSlicing,
+    macs: float | None = None,
+    params: float | None = None,
+    keep: float | None = None,
+) -> Slice:
+    """The largest slice of equal shares per group that meets the target."""
+    graph = slicing.profile.graph
+    ranks = [_ranking(slicing, group) for group in graph.groups]
+
+    def keeping(share: float) -> Slice:
+        masks = {}
+        for group, rank in zip(graph.groups, ranks, strict=True):
+            count = len(rank) if group.kept_whole else max(1, math.ceil(share * len(rank)))
+            mask = torch.zeros(len(rank), dtype=torch.bool)
+            mask[rank[:count]] = True
+            for name in group.sites:
+                # Only a group that is kept whole can have sites of several sizes.
+                size = graph.site(name).neurons
+                masks[name] = mask if size == len(mask) else torch.ones(size, dtype=torch.bool)
+        return Slice(graph, masks)
+
+    if keep is not None:
+        return keeping(keep)
+
+    def cost(kept: Slice) -> int:
+        parameters, multiply_adds = sliced_cost(model, graph, kept)
+        return parameters if macs is None else multiply_adds
+
+    name, target = ("macs", macs) if macs is not None else ("params", params)
+    assert target is not None
+    allowed = target * cost(Slice.whole(graph))
+    if cost(keeping(0.0)) > allowed:
+        least = cost(keeping(0.0)) / cost(Slice.whole(graph))
+        raise ValueError(
+            f"restructure: {name}={target} cannot be met; one neuron per group leaves {least:.3f}"
+        )
+    low, high = 0.0, 1.0
+    if cost(keeping(high)) <= allowed:
+        return keeping(high)
+    # Finer than one neuron of any layer that fits in memory.
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(keeping(middle)) <= allowed else (low, middle)
+    return keeping(low)
+
+
+def _ranking(slicing: SemanticSlicing, group: Group) -> Tensor:
+    """A group's neurons, most important first; ties by index."""
+    scores = [slicing.importance(name) for name in group.sites]
+    size = scores[0].shape[0]
+    together = torch.stack([s for s in scores if s.shape[0] == size]).amax(0)
+    return together.sort(descending=True, stable=True).indices
+
+
+def prune(model: nn.Module, kept: Slice, inputs: Inputs) -> nn.Module:
+    """A copy of the model without the neurons outside ``kept``, which must be closed.
+
+    Raises:
+        RuntimeError: naming the group that could not be cut.
+    """
+    pruned = copy.deepcopy(model)
+    flags = {name: p.requires_grad for name, p in pruned.named_parameters()}
+    inputs = inputs.head(2).to(device_of(model))
+    with evaluation(pruned, requires_grad=True), torch.enable_grad():
+        dependencies = dependency_graph(pruned, inputs)
+    for group in kept.graph.groups:
+        site = kept.graph.site(group.sites[0])
+        gone = (~kept.mask(site.name)).nonzero().squeeze(1).tolist()
+        if not gone:
+            continue
+        producer = pruned.get_submodule(site.producers[0])
+        cut = dependencies.get_pruner_of_module(producer).prune_out_channels
+        try:
+            dependencies.get_pruning_group(producer, cut, gone).prune()
+        except Exception as error:
+            raise RuntimeError(
+                f"restructure: site {site.name} could not be cut: {error}"
+            ) from error
+    for name, parameter in pruned.named_parameters():
+        parameter.requires_grad_(flags[name])
+    return pruned
+
+
+def check_pruned(model: nn.Module, pruned: nn.Module, kept: Slice, inputs: Inputs) -> float:
+    """Largest difference between pruned and masked, relative to the masked output's scale.
+
+    Raises:
+        RuntimeError: if it is above ``TOLERANCE``; names the first site that differs.
+    """
+    with kept.applied(model):
+        masked, masked_sites = _run_with_sites(model, kept.graph, inputs)
+    try:
+        answer, sites = _run_with_sites(pruned, kept.graph, inputs, kept)
+    except RuntimeError as error:
+        raise RuntimeError(f"restructure: the pruned model does not run: {error}") from error
+    tolerance = max(TOLERANCE, 16 * torch.finfo(masked.dtype).eps)
+    difference = _relative(answer, masked)
+    if difference <= tolerance:
+        return difference
+    worst = "the model's output"
+    for site in kept.graph.sites:
+        expected = masked_sites[site.name].index_select(
+            site.readers[0].neuron_dim, kept.mask(site.name).nonzero().squeeze(1).to(masked.device)
+        )
+        if not _relative(sites[site.name], expected) <= tolerance:
+            worst = f"site {site.name}"
+            break
+    raise RuntimeError(
+        f"restructure: the pruned model differs from the masked one by {difference:.2e} of the "
+        f"output's scale (tolerance {tolerance:.0e}); the first difference is at {worst}"
+    )
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    if got.shape != expected.shape:
+        return math.inf
+    scale = expected.abs().max().clamp_min(torch.finfo(expected.dtype).tiny)
+    return float((got - expected).abs().max() / scale)
+
+
+def _run_with_sites(
+    model: nn.Module, graph: Graph, inputs: Inputs, kept: Slice | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and what each site's first reader sees; ``kept`` gives the widths of a cut model."""
+    seen: dict[str, Tensor] = {}
+
+    def hook_for(module: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen[module] = (args[0] if args else kwargs["input"]).detach()
+
+        return hook
+
+    modules = {site.readers[0].module for site in graph.sites}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
+        for name in modules
+    ]
+    try:
+        with evaluation(model), torch.no_grad():
+            output = logits_of(inputs.run(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return output, {
+        site.name: _reader_in(graph, site, kept).take(
+            seen[site.readers[0].module],
+            site.neurons if kept is None else int(kept.mask(site.name).sum()),
+        )
+        for site in graph.sites
+    }
+
+
+def _reader_in(graph: Graph, site: Site, kept: Slice | None) -> Reader:
+    """The site's first reader; in a cut model it starts earlier by what was cut before it."""
+    reader = site.readers[0]
+    if kept is None:
+        return reader
+    gone = sum(
+        int((~kept.mask(other.name)).sum()) * before.repeat
+        for other in graph.sites
+        for before in other.readers
+        if before.module == reader.module and before.start < reader.start
+    )
+    return dataclasses.replace(reader, start=reader.start - gone)

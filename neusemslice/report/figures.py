@@ -1,0 +1,118 @@
+"""Figures of a slicing and of the demo's outcome."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neusemslice.report.outcome import Outcome
+from neusemslice.slicing import SemanticSlicing
+
+_MAIN, _LIGHT = "#2f5d8a", "#b9cbdd"
+
+
+@contextmanager
+def _figure(path: Path, width: float, height: float, columns: int) -> Iterator[Any]:
+    """Axes side by side; written to ``path`` at the end."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "figures are drawn with matplotlib; pip install 'neusemslice[demo]'"
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, columns)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    yield axes
+    figure.savefig(path, dpi=150)
+
+
+def plot_slicing(slicing: SemanticSlicing, path: Path) -> None:
+    """Class overlap as a heat map, and per site how many classes its neurons are critical to."""
+    names = slicing.profile.class_names
+    with _figure(path, 11, 4.6, 2) as (overlap, bars):
+        image = overlap.imshow(slicing.class_similarity, cmap="Blues")
+        overlap.set_xticks(range(len(names)), names)
+        overlap.set_yticks(range(len(names)), names)
+        overlap.set_xlabel("class")
+        overlap.set_ylabel("class")
+        overlap.set_title("Overlap of critical sets (Jaccard)")
+        overlap.figure.colorbar(image, ax=overlap, shrink=0.8)
+
+        sites = list(slicing.critical)
+        everywhere, some, none = [], [], []
+        for critical in slicing.critical.values():
+            classes = critical.sum(0)
+            total = critical.shape[1]
+            everywhere.append(int((classes == len(names)).sum()) / total)
+            none.append(int((classes == 0).sum()) / total)
+            some.append(1 - everywhere[-1] - none[-1])
+        at = torch.arange(len(sites))
+        left = torch.zeros(len(sites))
+        for label, part, colour in (
+            ("all classes", everywhere, _MAIN),
+            ("some classes", some, _LIGHT),
+            ("no class", none, "#eeeeee"),
+        ):
+            bars.barh(at, part, left=left, color=colour, label=label)
+            left = left + torch.tensor(part)
+        bars.set_yticks(at, sites)
+        bars.invert_yaxis()
+        bars.set_xlim(0, 1)
+        bars.set_xlabel("share of the site's neurons")
+        bars.set_title(f"Critical at θ = {slicing.threshold:g} ({slicing.metric})", pad=26)
+        bars.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
+
+
+def plot_outcome(outcome: Outcome, path: Path) -> None:
+    """Accuracy and cost before and after each maintenance task."""
+    with _figure(path, 11, 4.2, 2) as (accuracy, cost):
+        full = f"shifted digits\n(full tuning: {outcome.shifted_full:.0%})"
+        groups = (
+            ("restructured\nall digits", outcome.trained, outcome.restructured),
+            (f"re-adapted\n{full}", outcome.shifted_before, outcome.shifted_after),
+            ("extended\nold digits", outcome.old_original, outcome.old_masked),
+            ("extended\nnew digits", math.nan, outcome.new),
+        )
+        _pairs(accuracy, [label for label, *_ in groups], [g[1:] for g in groups])
+        accuracy.set_ylim(0, 1.12)
+        accuracy.set_ylabel("accuracy on held-out images")
+        accuracy.set_title("What the model answers")
+
+        before, after = outcome.cost_before, outcome.cost_after
+        shares = [
+            after.parameters / before.parameters,
+            after.macs / before.macs,
+            after.latency / before.latency,
+            outcome.tuned_bytes / outcome.full_bytes,
+        ]
+        labels = [
+            "parameters\nrestructured",
+            "multiply-adds\nrestructured",
+            "latency\nrestructured",
+            "optimizer state\nre-adapted",
+        ]
+        _pairs(cost, labels, [(1.0, share) for share in shares])
+        cost.set_ylim(0, 1.12)
+        cost.set_ylabel("share of before (or of full fine-tuning)")
+        cost.set_title("What it costs")
+
+
+def _pairs(axis: Any, labels: list[str], pairs: list[Any]) -> None:
+    """Bars before and after, with the value on each."""
+    at = torch.arange(len(labels))
+    for offset, index, colour, name in ((-0.2, 0, _LIGHT, "before"), (0.2, 1, _MAIN, "after")):
+        values = [pair[index] for pair in pairs]
+        bars = axis.bar(at + offset, values, 0.38, color=colour, label=name)
+        texts = ["" if math.isnan(value) else f"{value:.0%}" for value in values]
+        axis.bar_label(bars, texts, fontsize=8)
+    axis.set_xticks(at, labels, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="upper right", ncol=2)
