@@ -165,5 +165,5 @@ def settled(model: nn.Module, *shape: int) -> nn.Module:
 def loader(samples: int = 24, classes: int = 4, shape: tuple[int, ...] = (1, 8, 8)) -> list:
     """Batches of ragged sizes of random images whose class shows in their mean."""
     labels = torch.arange(samples) % classes
-    images = torch.randn(samples, *shape) + labels.view(-1, *[1] * len(shape)) / 2
+    images = torch.randn(samples, *shape) + labels.view(-1, *[1] * len(shape))
     return list(zip(images.split(7), labels.split(7), strict=True))
