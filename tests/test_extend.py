@@ -37,6 +37,35 @@ def test_old_answers_keep_their_bits(name, threads):
     assert result.report.unchanged
 
 
+@pytest.mark.parametrize("name", ["lenet", "residual"])
+def test_consolidation_makes_the_old_slice_stand_alone(name):
+    model, slicing = made(name)
+    before = copy.deepcopy(model.state_dict())
+    result = nss.extend(model, slicing, NEW, old=OLD, capacity=0.5, epochs=2, old_epochs=6)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), f"the given model's {key} changed"
+    losses = result.report.consolidation.losses
+    assert losses[-1] < losses[0]
+    free = ~result.frozen
+    for site in free.graph.sites:
+        neurons = free.mask(site.name).nonzero().squeeze(1)
+        for span in site.rows:
+            if span.tensor.endswith(("weight", "bias")):  # statistics may move, weights may not
+                rows = span.indices(neurons)
+                untouched = result.base.state_dict()[span.tensor].index_select(span.dim, rows)
+                assert torch.equal(untouched, before[span.tensor].index_select(span.dim, rows))
+    with result.frozen.applied(result.base):
+        expected = result.base.eval()(X)
+    assert torch.equal(result.model.eval().task("old")(X), expected)
+
+
+def test_without_old_data_the_base_is_the_given_model():
+    model, slicing = made("lenet")
+    result = nss.extend(model, slicing, NEW, capacity=0.5, epochs=1)
+    assert result.base is model
+    assert result.report.consolidation is None
+
+
 def test_only_free_rows_and_their_columns_changed():
     model, slicing = made("residual")
     before = copy.deepcopy(model.state_dict())

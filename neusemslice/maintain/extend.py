@@ -1,10 +1,12 @@
 """Extension: learn new classes with the neurons that the old ones do not need.
 
-The old classes' slice is frozen: rows, biases, norm affine and running statistics of its neurons.
-What it does not need is free, and is trained on the new classes together with a new head. A free
-neuron brings its own rows and, where the layer that reads it is frozen whole (a residual stream),
-the columns with which it is read; under the old slice these columns meet zeros. So old answers,
-given under the old slice, cannot change by a bit, which is checked before the result is returned.
+Where old data is at hand, the old classes' slice is first consolidated: trained briefly with all
+other neurons masked, so that it answers alone. Then it is frozen: rows, biases, norm affine and
+running statistics of its neurons. What it does not need is free, and is trained on the new classes
+together with a new head. A free neuron brings its own rows and, where the layer that reads it is
+frozen whole (a residual stream), the columns with which it is read; under the old slice these
+columns meet zeros. So old answers, given under the old slice, cannot change by a bit, which is
+checked before the result is returned.
 
 Coupled sites (residual streams) are frozen whole: their neurons are sums to which old neurons
 contribute.
@@ -45,7 +47,9 @@ class ExtendReport:
         trained_parameters: number of parameters that were trained, the new head included.
         unchanged: whether the old answers on the first batch, under the old slice, are the same
             bits as before; always true in what ``extend`` returns.
-        training: steps, seconds, losses and bytes of optimizer state.
+        consolidation: steps, seconds, losses and bytes of optimizer state of training the old
+            slice to stand alone; ``None`` without old data.
+        training: the same of learning the new classes.
     """
 
     old_classes: tuple[int, ...]
@@ -53,15 +57,25 @@ class ExtendReport:
     free_neurons: float
     trained_parameters: int
     unchanged: bool
+    consolidation: Training | None
     training: Training
 
 
 @dataclass(frozen=True)
 class Extended:
-    """The model that knows old and new classes, the old classes' slice, and the report."""
+    """What extension gives.
+
+    Attributes:
+        model: knows old and new classes.
+        frozen: the old classes' slice.
+        base: the model right before the new classes; under ``frozen`` it gives the old answers to
+            the bit. The given model itself, unless it was consolidated.
+        report: what was done.
+    """
 
     model: TaskModel
     frozen: Slice
+    base: nn.Module
     report: ExtendReport
 
 
@@ -70,8 +84,10 @@ def extend(
     slicing: SemanticSlicing,
     loader: Iterable[Any],
     *,
+    old: Iterable[Any] | None = None,
     capacity: float | None = None,
     epochs: int = 10,
+    old_epochs: int = 2,
     lr: float = 3e-3,
     weight_decay: float = 1e-2,
 ) -> Extended:
@@ -83,9 +99,11 @@ def extend(
         slicing: of the old classes.
         loader: samples of new classes only, labelled by global class numbers; passed over once to
             see the labels and once per epoch.
+        old: samples of the old classes, if there are any, to consolidate their slice with.
         capacity: share of the neurons of each uncoupled site to free, least important first. By
             default those that are critical to no class are free.
         epochs, lr, weight_decay: of the training with ``MaskedAdamW``; ``lr`` falls to 0.
+        old_epochs: of consolidation.
 
     Raises:
         ValueError: for a slicing of another model, a capacity outside (0, 1), a model without a
@@ -107,7 +125,10 @@ def extend(
             "extend: no neuron is free, all are critical to the old classes or coupled; "
             "slice with a lower threshold, or give a capacity"
         )
-    backbone = copy.deepcopy(model)
+    base, consolidation = model, None
+    if old is not None:
+        base, consolidation = _consolidate(model, frozen, old, old_epochs, lr, weight_decay)
+    backbone = copy.deepcopy(base)
     new_head = nn.Linear(
         head.in_features,
         len(new_classes),
@@ -139,9 +160,9 @@ def extend(
             map_labels=lambda labels: torch.where(labels < 0, labels, index[labels.clamp_min(0)]),
         )
     inputs, _ = next(iter(batches(loader, "extend", device_of(model))))
-    with evaluation(model), evaluation(backbone), torch.no_grad():
-        with frozen.applied(model):
-            before = inputs.run(model)
+    with evaluation(base), evaluation(backbone), torch.no_grad():
+        with frozen.applied(base):
+            before = inputs.run(base)
         unchanged = torch.equal(extended.answer(OLD, *inputs.args, **inputs.kwargs), before)
     if not unchanged:
         raise RuntimeError("extend: an old answer changed; this is a defect, please report it")
@@ -155,10 +176,36 @@ def extend(
     return Extended(
         extended,
         frozen,
+        base,
         ExtendReport(
-            old_classes, new_classes, free.density, trained_parameters, unchanged, training
+            old_classes=old_classes,
+            new_classes=new_classes,
+            free_neurons=free.density,
+            trained_parameters=trained_parameters,
+            unchanged=unchanged,
+            consolidation=consolidation,
+            training=training,
         ),
     )
+
+
+def _consolidate(
+    model: nn.Module,
+    frozen: Slice,
+    old: Iterable[Any],
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+) -> tuple[nn.Module, Training]:
+    """A copy in which the slice and the head were trained to answer with all else masked."""
+    base = copy.deepcopy(model)
+    head = base.get_submodule(frozen.graph.outputs[0])
+    groups = [*frozen.parameters(base), {"params": list(head.parameters())}]
+    optimizer = MaskedAdamW(groups, lr=lr, weight_decay=weight_decay)
+    with frozen.applied(base):
+        # Running statistics too have to become those of the slice alone.
+        training = fit(base, old, optimizer, epochs, what="consolidate", freeze_statistics=False)
+    return base, training
 
 
 def _head(model: nn.Module, graph: Graph) -> nn.Linear:
