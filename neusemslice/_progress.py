@@ -18,11 +18,19 @@ from rich.progress import (
 _T = TypeVar("_T")
 
 
+def length(items: Iterable[object]) -> int | None:
+    """How many items there are, if they know."""
+    try:
+        return len(items) if isinstance(items, Sized) else None
+    except TypeError:  # a DataLoader over an iterable data set has __len__, but no length
+        return None
+
+
 def track(items: Iterable[_T], what: str, total: int | None = None) -> Iterator[_T]:
     """Yields the items, with a bar on stderr where that is a terminal."""
     console = Console(stderr=True)
-    if total is None and isinstance(items, Sized):
-        total = len(items)
+    if total is None:
+        total = length(items)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -162,8 +162,13 @@ def settled(model: nn.Module, *shape: int) -> nn.Module:
     return model.eval()
 
 
+def images(samples: int, *shape: int, seed: int = 0) -> Tensor:
+    """Random images; the same each time, whatever ran before."""
+    return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(seed))
+
+
 def loader(samples: int = 24, classes: int = 4, shape: tuple[int, ...] = (1, 8, 8)) -> list:
     """Batches of ragged sizes of random images whose class shows in their mean."""
     labels = torch.arange(samples) % classes
-    images = torch.randn(samples, *shape) + labels.view(-1, *[1] * len(shape))
-    return list(zip(images.split(7), labels.split(7), strict=True))
+    x = images(samples, *shape) + labels.view(-1, *[1] * len(shape))
+    return list(zip(x.split(7), labels.split(7), strict=True))

@@ -27,19 +27,22 @@ def run_demo(folder: Path, *options: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder that the demo wrote, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    result = run_demo(folder)
+    assert result.returncode == 0, result.stderr
+    return folder / "run", result.stdout
+
+
+@pytest.fixture(scope="module")
+def outcome(finished):
+    return json.loads((finished[0] / "outcome.json").read_text())
+
+
 @pytest.mark.slow
 class TestDemo:
-    @pytest.fixture(scope="class")
-    def finished(self, tmp_path_factory):
-        folder = tmp_path_factory.mktemp("demo")
-        result = run_demo(folder)
-        assert result.returncode == 0, result.stderr
-        return folder / "run", result.stdout
-
-    @pytest.fixture(scope="class")
-    def outcome(self, finished):
-        return json.loads((finished[0] / "outcome.json").read_text())
-
     def test_the_model_is_good_before_maintenance(self, outcome):
         assert outcome["trained"] >= 0.97
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from helpers import num_threads
-from models import IMAGES, Mlp, loader, settled
+from models import IMAGES, Mlp, images, loader, settled
 from torch import nn
 
 import neusemslice as nss
@@ -13,7 +13,7 @@ from neusemslice.maintain.extend import _free_statistics
 
 OLD = loader(96)
 NEW = [(1.3 - x, y + 4) for x, y in loader(96)]
-X = torch.randn(11, 1, 8, 8)
+X = images(11, 1, 8, 8, seed=1)
 
 
 def made(name="residual", threshold=0.6):

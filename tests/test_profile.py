@@ -168,12 +168,12 @@ class TestRefusals:
             (
                 torch.tensor([0.0, 1.0]),
                 TypeError,
-                r"batch 0: labels must be integers \[N\], got float32",
+                r"batch 0: labels must be integers \[N\] or \[N, T\], got float32",
             ),
             (
                 torch.tensor([[0], [1]]),
                 ValueError,
-                r"one number per sample \[N\], got int64 \[2, 1\]",
+                r"the labels are of 2 x 1 tokens, but site first sees \[2, 12\]|sees \[2, 16\]",
             ),
             (torch.tensor([0, 4]), ValueError, r"labels must lie in \[0, 4\).*got 4 at index 1"),
             (
@@ -233,7 +233,8 @@ class TestFile:
         tensors["activations/first/mean"] = torch.zeros(4, 3, dtype=torch.float64)
         path = _files.write(tmp_path / "p", "profile", tensors, content)
         with pytest.raises(
-            ValueError, match="p is damaged: activations of site first have the wrong"
+            ValueError,
+            match=r"p is damaged: activations/first/mean must be .*\[4, 16\], got",
         ):
             Profile.load(path)
 

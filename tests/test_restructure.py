@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import IMAGES, Mlp, Reused, loader, settled
+from models import IMAGES, Mlp, Reused, images, loader, settled
 from torch import nn
 
 import neusemslice as nss
@@ -15,7 +15,7 @@ from neusemslice.maintain.cost import sliced_cost
 from neusemslice.maintain.restructure import TOLERANCE, check_pruned, prune
 
 BATCHES = loader()
-X = torch.randn(9, 1, 8, 8)
+X = images(9, 1, 8, 8, seed=1)
 
 
 def made(name="lenet", threshold=0.8):

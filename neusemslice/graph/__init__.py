@@ -5,7 +5,9 @@ from neusemslice.graph.model import (
     device_of,
     evaluation,
     fingerprint,
+    is_compiled,
     logits_of,
+    tensors_in,
 )
 from neusemslice.graph.sites import Graph, Group, Layer, Reader, Site, Span
 from neusemslice.graph.trace import dependency_graph, trace
@@ -22,6 +24,8 @@ __all__ = [
     "device_of",
     "evaluation",
     "fingerprint",
+    "is_compiled",
     "logits_of",
+    "tensors_in",
     "trace",
 ]

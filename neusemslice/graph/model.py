@@ -64,6 +64,17 @@ def logits_of(output: Any) -> Tensor:
     return answer
 
 
+def tensors_in(output: Any) -> list[Tensor]:
+    """All tensors in what a model returned, in the order of its tuples, lists and mappings."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, (tuple, list)):
+        return [tensor for item in output for tensor in tensors_in(item)]
+    return []
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter or buffer; the CPU if it has none."""
     for tensor in (*model.parameters(), *model.buffers()):
@@ -72,15 +83,26 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Hex digest of the structure: name, shape and dtype of every parameter and buffer.
+    """Hex digest of the structure: name and shape of every parameter and buffer.
 
-    Two models of equal structure and other weights have the same fingerprint, so that a slice
-    outlives training.
+    Two models of equal structure with other weights, or weights of another dtype, have the same
+    fingerprint, so that a slice outlives training and conversion.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name}:{list(tensor.shape)}:{tensor.dtype};".encode())
+        digest.update(f"{name}:{list(tensor.shape)};".encode())
     return digest.hexdigest()[:32]
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model or a part of it goes through ``torch.compile``.
+
+    Compiled code does not notice hooks that come or go, unless the compiler is reset.
+    """
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
 
 
 @contextmanager

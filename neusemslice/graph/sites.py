@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ class Graph:
     """The sites of a model, in the order in which a forward pass meets them.
 
     Attributes:
-        fingerprint: of the model's structure (names, shapes and dtypes of its tensors).
+        fingerprint: of the model's structure (names and shapes of its tensors).
         num_outputs: size of the last dimension of the model's output.
         sites, groups: see ``Site`` and ``Group``.
         layers: all convolutions and linear layers.
@@ -140,6 +140,19 @@ class Graph:
                 return site
         known = ", ".join(site.name for site in self.sites)
         raise KeyError(f"no site {name!r}; the model has {known}")
+
+    def only(self, names: Collection[str]) -> Graph:
+        """The graph with these sites alone; a group that loses a site is kept whole."""
+        groups = tuple(
+            Group(
+                tuple(name for name in group.sites if name in names),
+                group.kept_whole
+                or ("" if set(group.sites) <= set(names) else "some of its sites are not observed"),
+            )
+            for group in self.groups
+        )
+        sites = tuple(site for site in self.sites if site.name in names)
+        return replace(self, sites=sites, groups=groups)
 
     @property
     def neurons(self) -> int:

@@ -3,8 +3,9 @@
 torch-pruning's DependencyGraph says which tensors change together when an output channel goes; it
 follows autograd's graph, so functional calls and residual adds are seen. Its answer is a list of
 (module, indices) with no notion of a site, and it can be wrong (a shortcut padded with zeros looks
-like an elementwise operation). So it is read here, never believed: a group is free to lose neurons
-only if every index of every member maps one to one, and removal is checked against masking later.
+like an elementwise operation, and so does a transpose). So it is read here, never believed: a
+group is free to lose neurons only if every index of every member maps one to one, what it says of
+readers is tried on the model (probe.py), and removal is checked against masking later.
 
 A site is found by walking from a producer through everything that is not a convolution or linear
 layer; the first reader in forward order is where its neurons are observed. Several producers that
@@ -15,17 +16,26 @@ further down a residual stream sees the sum of several sites; the last of them g
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 import torch_pruning
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch_pruning.dependency.node import Node
 
-from neusemslice.graph.model import Inputs, device_of, evaluation, fingerprint, logits_of
+from neusemslice.graph.model import (
+    Inputs,
+    device_of,
+    evaluation,
+    fingerprint,
+    logits_of,
+    tensors_in,
+)
+from neusemslice.graph.probe import Probe, mixes_neurons
 from neusemslice.graph.sites import Graph, Group, Layer, Reader, Site, Span
 
 _LAYERS = (_ConvNd, nn.Linear)
@@ -33,11 +43,15 @@ _LAYERS = (_ConvNd, nn.Linear)
 
 @dataclass
 class _Call:
-    """What one forward pass showed of a layer."""
+    """What one forward pass showed of a layer.
+
+    ``problem`` says why its neurons cannot be told apart from others; empty where they can.
+    """
 
     order: int
-    count: int
-    positions: int
+    count: int = 0
+    positions: int = 0
+    problem: str = ""
 
 
 @dataclass
@@ -52,18 +66,35 @@ class _Group:
 
 
 def dependency_graph(model: nn.Module, inputs: Inputs) -> torch_pruning.DependencyGraph:
-    """torch-pruning's graph of a model whose parameters require gradients."""
+    """torch-pruning's graph of a model whose parameters require gradients.
+
+    It follows every tensor of the output, not only the logits.
+    """
+    return _dependencies(model, inputs)[0]
+
+
+def _dependencies(
+    model: nn.Module, inputs: Inputs
+) -> tuple[torch_pruning.DependencyGraph, set[object]]:
+    """torch-pruning's graph, and the autograd nodes at which it starts: those of the output."""
     graph = torch_pruning.DependencyGraph()
+    roots: set[object] = set()
+
+    def differentiable(output: object) -> list[Tensor]:
+        found = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
+        roots.update(tensor.grad_fn for tensor in found)
+        return found
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         graph.build_dependency(
             model,
             example_inputs=inputs,
             forward_fn=lambda module, batch: batch.run(module),
-            output_transform=logits_of,
+            output_transform=differentiable,
             verbose=False,
         )
-    return graph
+    return graph, roots
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Graph:
@@ -76,15 +107,16 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
     inputs = inputs.to(device_of(model))
     with evaluation(model, requires_grad=True), torch.enable_grad():
         calls, num_outputs = _run(model, inputs)
-        dependencies = dependency_graph(model, inputs)
-    return _Tracer(model, calls, num_outputs, dependencies).graph()
+        dependencies, roots = _dependencies(model, inputs)
+        probe = Probe(model, inputs, {layer: _out_features(layer) for layer in calls})
+        return _Tracer(model, calls, num_outputs, dependencies, roots, probe).graph()
 
 
 def _run(model: nn.Module, inputs: Inputs) -> tuple[dict[nn.Module, _Call], int]:
     calls: dict[nn.Module, _Call] = {}
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        call = calls.setdefault(module, _Call(len(calls), 0, 0))
+        call = calls.setdefault(module, _Call(len(calls)))
         call.count += 1
         # A transposed convolution applies its weight once per position of its input.
         counted = args[0] if isinstance(module, _ConvTransposeNd) else output
@@ -97,6 +129,14 @@ def _run(model: nn.Module, inputs: Inputs) -> tuple[dict[nn.Module, _Call], int]
     finally:
         for handle in handles:
             handle.remove()
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    for module, call in calls.items():
+        if call.count > 1:
+            call.problem = "is used more than once in a forward pass"
+        elif "weight" not in module._parameters:
+            call.problem = "has a parametrized weight"
+        elif any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+            call.problem = "shares a parameter with another module"
     return calls, output.shape[-1]
 
 
@@ -132,8 +172,12 @@ class _Tracer:
         calls: dict[nn.Module, _Call],
         num_outputs: int,
         dependencies: torch_pruning.DependencyGraph,
+        roots: set[object],
+        probe: Probe,
     ) -> None:
         self.model = model
+        self.roots = roots
+        self.probe = probe
         self.calls = calls
         self.num_outputs = num_outputs
         self.dependencies = dependencies
@@ -146,16 +190,18 @@ class _Tracer:
             (m for m in self.calls if m in self.nodes), key=lambda m: self.calls[m].order
         )
         groups = {producer: self._group(producer) for producer in producers}
+        self._try_out(groups)
         first_reader: dict[nn.Module, nn.Module] = {}
         outputs = []
         for producer in producers:
-            readers = [r for r in self._downstream(producer) if r in groups[producer].inputs]
-            if readers:
-                first_reader[producer] = min(readers, key=lambda m: self.calls[m].order)
+            readers = sorted(self._downstream(producer), key=lambda m: self.calls[m].order)
+            if readers and readers[0] in groups[producer].inputs:
+                first_reader[producer] = readers[0]
             elif self._reaches_output(producer):
                 outputs.append(producer)
             else:
-                self.skipped[self.names[producer]] = "no layer reads its neurons one to one"
+                reason = groups[producer].problem or "no layer reads its neurons one to one"
+                self.skipped[self.names[producer]] = reason
         sites = self._sites(first_reader, groups)
         if not sites:
             raise ValueError(
@@ -182,19 +228,36 @@ class _Tracer:
             is_output = self.dependencies.is_out_channel_pruning_fn(handler)
             if isinstance(module, _LAYERS):
                 self._add_layer(group, producer, module, span, is_output)
-            elif span is not None and isinstance(module, _BatchNorm):
+            elif span is not None and isinstance(module, _NormBase):
                 group.norms[module] = span
-            elif any(True for _ in module.parameters(recurse=False)):
+            elif mixes_neurons(module) or any(True for _ in module.parameters(recurse=False)):
                 kind_name = type(module).__name__
                 group.problem = f"{self.names[module]} ({kind_name}) mixes or transforms neurons"
         if _is_grouped(producer):
             group.problem = "it is a grouped convolution"
         if self._reaches_output(producer):
             group.problem = "its neurons are part of the model's output"
-        reused = [m for m in (producer, *group.inputs, *group.outputs) if self.calls[m].count > 1]
-        if reused:
-            group.problem = f"{self.names[reused[0]]} is used more than once in a forward pass"
+        for module in (producer, *group.inputs, *group.outputs):
+            if self.calls[module].problem:
+                group.problem = f"{self.names[module]} {self.calls[module].problem}"
         return group
+
+    def _try_out(self, groups: dict[nn.Module, _Group]) -> None:
+        """Strikes out readers at which a producer's neurons do not arrive as the group says."""
+        direct = {
+            producer: {
+                reader: group.inputs[reader]
+                for reader in self._downstream(producer)
+                if reader in group.inputs
+            }
+            for producer, group in groups.items()
+        }
+        for producer, reader in self.probe.wrong(direct):
+            group = groups[producer]
+            del group.inputs[reader]
+            if not group.problem:
+                name = self.names[reader]
+                group.problem = f"its neurons do not arrive one to one at {name}"
 
     def _add_layer(
         self,
@@ -233,9 +296,8 @@ class _Tracer:
 
     def _reaches_output(self, producer: nn.Module) -> bool:
         node = self.nodes[producer]
-        return not node.outputs or any(
-            not n.outputs for n in _walk(node, "outputs") if not _is_layer(n)
-        )
+        passed = [node, *(n for n in _walk(node, "outputs") if not _is_layer(n))]
+        return any(n.grad_fn in self.roots or not n.outputs for n in passed)
 
     def _sites(
         self, first_reader: dict[nn.Module, nn.Module], groups: dict[nn.Module, _Group]
@@ -243,12 +305,13 @@ class _Tracer:
         """Producers that are observed together, in the order of their readers."""
         places: dict[tuple[object, ...], list[nn.Module]] = {}
         for producer, reader in first_reader.items():
-            if self.calls[reader].count > 1 or self.calls[producer].count > 1:
+            if self.calls[reader].problem or self.calls[producer].problem:
                 self.skipped[self.names[producer]] = groups[producer].problem
                 continue
             span = groups[producer].inputs[reader]
             # Readers of one tensor are one place: they have the same predecessor in the graph.
-            place = (*(id(node) for node in self.nodes[reader].inputs), *span)
+            width = _out_features(producer)
+            place = (*(id(node) for node in self.nodes[reader].inputs), *span, width)
             places.setdefault(place, []).append(producer)
         return sorted(places.values(), key=lambda ps: self.calls[first_reader[ps[0]]].order)
 

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from neusemslice.graph import Graph, device_of, evaluation
+from neusemslice.graph import Graph, device_of, evaluation, logits_of
 from neusemslice.maintain.tasks import Task, TaskModel
 from neusemslice.maintain.training import Training, fit
 from neusemslice.optim import MaskedAdamW
@@ -148,8 +148,6 @@ def extend(
     groups = _trained(backbone, graph, free)
     groups.append({"params": list(new_head.parameters())})
     optimizer = MaskedAdamW(groups, lr=lr, weight_decay=weight_decay)
-    index = torch.full((max(new_classes) + 1,), -100, device=head.weight.device)
-    index[list(new_classes)] = torch.arange(len(new_classes), device=head.weight.device)
     with _free_statistics(backbone, free):
         training = fit(
             extended.task(NEW),
@@ -157,12 +155,12 @@ def extend(
             optimizer,
             epochs,
             what="extend",
-            map_labels=lambda labels: torch.where(labels < 0, labels, index[labels.clamp_min(0)]),
+            classes=new_classes,
         )
     inputs, _ = next(iter(batches(loader, "extend", device_of(model))))
     with evaluation(base), evaluation(backbone), torch.no_grad():
         with frozen.applied(base):
-            before = inputs.run(base)
+            before = logits_of(inputs.run(base))
         unchanged = torch.equal(extended.answer(OLD, *inputs.args, **inputs.kwargs), before)
     if not unchanged:
         raise RuntimeError("extend: an old answer changed; this is a defect, please report it")
@@ -298,7 +296,8 @@ def _free_statistics(backbone: nn.Module, free: Slice) -> Iterator[None]:
     with ExitStack() as stack:
         for name, parts in rows.items():
             norm = backbone.get_submodule(name)
-            assert isinstance(norm, _BatchNorm)
+            if not isinstance(norm, _BatchNorm):
+                continue  # an instance norm with running statistics keeps them
             channels = torch.cat(parts).to(device_of(norm))
             stack.callback(norm.register_forward_hook(_statistics_hook(channels)).remove)
         yield
@@ -308,6 +307,8 @@ def _statistics_hook(channels: Tensor) -> Any:
     def hook(norm: _BatchNorm, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert norm.running_mean is not None
         assert norm.running_var is not None
+        if args[0].numel() == args[0].shape[1]:
+            return output  # one value per channel has no variance
         mean, var = norm.running_mean[channels], norm.running_var[channels]
         normalised = F.batch_norm(
             args[0].index_select(1, channels),

@@ -27,7 +27,7 @@ from neusemslice.graph import (
     dependency_graph,
     device_of,
     evaluation,
-    logits_of,
+    tensors_in,
 )
 from neusemslice.maintain.cost import Cost, measure, sliced_cost
 from neusemslice.profiling import batches
@@ -203,7 +203,7 @@ def prune(model: nn.Module, kept: Slice, inputs: Inputs) -> nn.Module:
         RuntimeError: naming the group that could not be cut.
     """
     pruned = copy.deepcopy(model)
-    flags = {name: p.requires_grad for name, p in pruned.named_parameters()}
+    flags = {n: p.requires_grad for n, p in pruned.named_parameters(remove_duplicate=False)}
     inputs = inputs.head(2).to(device_of(model))
     with evaluation(pruned, requires_grad=True), torch.enable_grad():
         dependencies = dependency_graph(pruned, inputs)
@@ -234,18 +234,19 @@ def check_pruned(model: nn.Module, pruned: nn.Module, kept: Slice, inputs: Input
     with kept.applied(model):
         masked, masked_sites = _run_with_sites(model, kept.graph, inputs)
     try:
-        answer, sites = _run_with_sites(pruned, kept.graph, inputs, kept)
+        answers, sites = _run_with_sites(pruned, kept.graph, inputs, kept)
     except RuntimeError as error:
         raise RuntimeError(f"restructure: the pruned model does not run: {error}") from error
-    tolerance = max(TOLERANCE, 16 * torch.finfo(masked.dtype).eps)
-    difference = _relative(answer, masked)
+    tolerance = max(TOLERANCE, 16 * torch.finfo(masked[0].dtype).eps)
+    difference = max(
+        _relative(answer, expected) for answer, expected in zip(answers, masked, strict=True)
+    )
     if difference <= tolerance:
         return difference
     worst = "the model's output"
     for site in kept.graph.sites:
-        expected = masked_sites[site.name].index_select(
-            site.readers[0].neuron_dim, kept.mask(site.name).nonzero().squeeze(1).to(masked.device)
-        )
+        left = kept.mask(site.name).nonzero().squeeze(1).to(masked[0].device)
+        expected = masked_sites[site.name].index_select(site.readers[0].neuron_dim, left)
         if not _relative(sites[site.name], expected) <= tolerance:
             worst = f"site {site.name}"
             break
@@ -264,8 +265,11 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 
 def _run_with_sites(
     model: nn.Module, graph: Graph, inputs: Inputs, kept: Slice | None = None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and what each site's first reader sees; ``kept`` gives the widths of a cut model."""
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The floating-point tensors of the output, and what each site's first reader sees.
+
+    ``kept`` gives the widths of a cut model.
+    """
     seen: dict[str, Tensor] = {}
 
     def hook_for(module: str) -> Callable[..., None]:
@@ -281,7 +285,7 @@ def _run_with_sites(
     ]
     try:
         with evaluation(model), torch.no_grad():
-            output = logits_of(inputs.run(model))
+            output = [t for t in tensors_in(inputs.run(model)) if t.is_floating_point()]
     finally:
         for handle in handles:
             handle.remove()

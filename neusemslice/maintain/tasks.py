@@ -47,6 +47,8 @@ class TaskModel(nn.Module):
         self, backbone: nn.Module, head: str, tasks: tuple[Task, ...], heads: dict[str, nn.Module]
     ) -> None:
         super().__init__()
+        for task in tasks:
+            task.slice.check_model(backbone)
         self.backbone = backbone
         self.head = head
         self.tasks = {task.name: task for task in tasks}
@@ -76,7 +78,7 @@ class TaskModel(nn.Module):
 
     def answer(self, name: str, *args: Any, **kwargs: Any) -> Tensor:
         """One task's logits, ``[N, classes of the task]``."""
-        with self.tasks[name].slice.applied(self.backbone), self._head_of(name):
+        with self.tasks[name].slice.masking(self.backbone), self._head_of(name):
             return logits_of(self.backbone(*args, **kwargs))
 
     @contextmanager
@@ -88,10 +90,12 @@ class TaskModel(nn.Module):
             return
         head = self.heads[key]
 
-        def hook(_: nn.Module, args: tuple[Any, ...], __: Any) -> Any:
-            return head(*args)
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], __: Any) -> Any:
+            return head(*args, **kwargs)
 
-        handle = self.backbone.get_submodule(self.head).register_forward_hook(hook)
+        handle = self.backbone.get_submodule(self.head).register_forward_hook(
+            hook, with_kwargs=True
+        )
         try:
             yield
         finally:

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.lr_scheduler import LambdaLR
 
-from neusemslice._progress import track
+from neusemslice._progress import length, track
 from neusemslice.graph import device_of, logits_of
 from neusemslice.profiling import batches
 
@@ -44,18 +43,20 @@ def fit(
     *,
     what: str,
     freeze_statistics: bool = True,
-    map_labels: Callable[[Tensor], Tensor] | None = None,
+    classes: Sequence[int] | None = None,
 ) -> Training:
     """Trains what the optimizer holds, with cross-entropy; the learning rate falls linearly to 0.
 
     Modes and ``requires_grad`` flags are as before afterwards.
 
     Args:
-        freeze_statistics: keeps running statistics of batch norms as they are, and uses them.
-        map_labels: takes a batch's labels to the indices of the model's outputs.
+        freeze_statistics: keeps every module that has buffers (batch norms) in evaluation mode, so
+            that these stay as they are.
+        classes: the label that each output of the model stands for; by default its index.
 
     Raises:
-        ValueError: if ``epochs`` is not positive, or the loss is not finite.
+        ValueError: if ``epochs`` is not positive, a label is none of the model's, or the loss is
+            not finite.
     """
     if epochs < 1:
         raise ValueError(f"{what}: epochs must be at least 1, got {epochs}")
@@ -70,22 +71,24 @@ def fit(
             parameter.requires_grad_(id(parameter) in wanted)
         model.train()
         for module, _ in modes:
-            if freeze_statistics and isinstance(module, _BatchNorm):
+            if freeze_statistics and any(True for _ in module.buffers(recurse=False)):
                 module.eval()
         device = device_of(model)
         # Per step where the loader knows its length, else per epoch.
-        by_step = isinstance(loader, Sized)
-        total = epochs * len(loader) if isinstance(loader, Sized) else epochs
-        scheduler = LambdaLR(optimizer, lambda done: 1 - done / total)
+        steps_per_epoch = length(loader)
+        by_step = steps_per_epoch is not None
+        total = epochs * (steps_per_epoch or 1)
+        scheduler = LambdaLR(optimizer, lambda done: max(0.0, 1 - done / total))
         for epoch in range(epochs):
             summed = torch.zeros((), device=device)
             count = 0
             progress = track(loader, f"{what} {epoch + 1}/{epochs}")
-            for inputs, labels in batches(progress, what, device):
-                targets = labels if map_labels is None else map_labels(labels)
-                loss = F.cross_entropy(logits_of(inputs.run(model)), targets)
-                optimizer.zero_grad()
-                loss.backward()
+            for inputs, raw in batches(progress, what, device):
+                labels = raw.to(device, non_blocking=True)
+                with torch.enable_grad():
+                    loss = _loss(logits_of(inputs.run(model)), labels, classes, what)
+                    optimizer.zero_grad()
+                    loss.backward()
                 optimizer.step()
                 summed += loss.detach()
                 count += 1
@@ -104,6 +107,22 @@ def fit(
         for module, mode in modes:
             module.training = mode
     return Training(steps, time.perf_counter() - begin, tuple(losses), state_bytes(optimizer))
+
+
+def _loss(logits: Tensor, labels: Tensor, classes: Sequence[int] | None, what: str) -> Tensor:
+    """Mean cross-entropy of the labelled samples; 0 if there is none."""
+    known = range(logits.shape[-1]) if classes is None else classes
+    targets = torch.full_like(labels, -100)
+    for output, label in enumerate(known):
+        targets.masked_fill_(labels == label, output)
+    strange = (targets == -100) & (labels != -100)
+    if bool(strange.any()):
+        found = sorted(set(labels[strange].tolist()))
+        raise ValueError(f"{what}: labels must be among {list(known)} or -100, got {found}")
+    total = F.cross_entropy(
+        logits.flatten(0, -2), targets.flatten(), reduction="sum", ignore_index=-100
+    )
+    return total / (targets != -100).sum().clamp_min(1)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -1,6 +1,8 @@
 """From a model and data to a profile."""
 
 from neusemslice.profiling.batching import LabelsOf, batches
-from neusemslice.profiling.profile import METRICS, LossOf, Profile, profile
+from neusemslice.profiling.profile import METRICS, Profile
+from neusemslice.profiling.profiler import Profiler
+from neusemslice.profiling.sweep import LossOf, profile
 
-__all__ = ["METRICS", "LabelsOf", "LossOf", "Profile", "batches", "profile"]
+__all__ = ["METRICS", "LabelsOf", "LossOf", "Profile", "Profiler", "batches", "profile"]

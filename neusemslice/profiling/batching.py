@@ -22,7 +22,7 @@ def batches(
     device: torch.device,
     labels_of: LabelsOf | None = None,
 ) -> Iterator[tuple[Inputs, Tensor]]:
-    """Inputs and labels of each batch, on ``device``.
+    """Inputs of each batch on ``device``, and labels where the loader has them.
 
     A batch is ``(x, …, labels)``, or a mapping with a key "labels" or "label" whose other items
     are the model's keyword arguments. With ``labels_of``, that function gives the labels, and a
@@ -38,8 +38,8 @@ def batches(
     index = -1
     for index, batch in enumerate(loader):
         inputs, raw = _take_apart(batch, f"{caller}: batch {index}", labels_of)
-        labels = _as_labels(raw, f"{caller}: batch {index}")
-        yield inputs.to(device), labels.to(device, non_blocking=True)
+        labels = as_labels(raw, f"{caller}: batch {index}")
+        yield inputs.to(device), labels
     if index < 0:
         raise ValueError(f"{caller}: the loader yielded no batch")
 
@@ -61,11 +61,17 @@ def _take_apart(batch: Any, where: str, labels_of: LabelsOf | None) -> tuple[Inp
     )
 
 
-def _as_labels(raw: Any, where: str) -> Tensor:
+def as_labels(raw: Any, where: str) -> Tensor:
+    """Labels as int64, from a tensor, list or array of integers.
+
+    Raises:
+        TypeError: if they are not integers.
+        ValueError: if they are not ``[N]``, or ``[N, T]`` for one label per token.
+    """
     labels = torch.as_tensor(raw)
     described = f"{str(labels.dtype).removeprefix('torch.')} {list(labels.shape)}"
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-        raise TypeError(f"{where}: labels must be integers [N], got {described}")
-    if labels.ndim != 1:
-        raise ValueError(f"{where}: labels must be one number per sample [N], got {described}")
+        raise TypeError(f"{where}: labels must be integers [N] or [N, T], got {described}")
+    if labels.ndim not in (1, 2):
+        raise ValueError(f"{where}: labels must be integers [N] or [N, T], got {described}")
     return labels.long()

@@ -56,16 +56,19 @@ def critical_sets(p: Tensor, threshold: float) -> Tensor:
 
     Args:
         p: shares, float64 ``[K, C]``.
-        threshold: θ in (0, 1]; at 1 every neuron that changes the sum is critical.
+        threshold: θ in (0, 1]; at 1 every neuron with a share is critical.
 
     Returns:
         bool ``[K, C]``. Among equal shares the lower index comes first. A class whose shares are
         all zero has an empty set.
     """
     ranked, order = p.sort(dim=1, descending=True, stable=True)
-    cumulative = ranked.cumsum(1)
-    before = cumulative - ranked
-    total = cumulative[:, -1:] if p.shape[1] else cumulative
-    # A neuron is needed as long as those before it fall short of the threshold.
-    needed = (before < threshold * total) & (ranked > 0)
+    needed = ranked > 0
+    if threshold < 1 and p.shape[1]:
+        cumulative = ranked.cumsum(1)
+        before = torch.cat([cumulative.new_zeros(len(p), 1), cumulative[:, :-1]], 1)
+        # A neuron is needed as long as those before it fall short of the threshold; by less than
+        # the sum's own rounding is not short.
+        rounding = p.shape[1] * torch.finfo(p.dtype).eps
+        needed &= before < threshold * cumulative[:, -1:] * (1 - rounding)
     return torch.zeros_like(needed).scatter(1, order, needed)

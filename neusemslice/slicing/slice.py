@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neusemslice import _files
-from neusemslice.graph import Graph, fingerprint
+from neusemslice.graph import Graph, fingerprint, is_compiled
 from neusemslice.ops import bitset_pack, bitset_unpack
 
 
@@ -94,6 +94,11 @@ class Slice:
                 f"Slice: the two slices are of different models "
                 f"({self.graph.fingerprint} and {other.graph.fingerprint})"
             )
+        if self._words.keys() != other._words.keys():
+            raise ValueError(
+                f"Slice: the two slices have different sites "
+                f"({list(self._words)} and {list(other._words)})"
+            )
         return Slice(
             self.graph, {name: how(mask, other.mask(name)) for name, mask in self.masks().items()}
         )
@@ -160,10 +165,13 @@ class Slice:
             ValueError: if the model has another structure.
         """
         self.check_model(model)
-        compiled = any(
-            getattr(m, "_compiled_call_impl", None) is not None or hasattr(m, "_orig_mod")
-            for m in model.modules()
-        )
+        with self.masking(model):
+            yield
+
+    @contextmanager
+    def masking(self, model: nn.Module) -> Iterator[None]:
+        """``applied`` for a model that is known to fit."""
+        compiled = is_compiled(model)
         handles = []
         if compiled:
             torch.compiler.reset()
@@ -212,13 +220,13 @@ class Slice:
         for site in self.graph.sites:
             neurons = self.mask(site.name).nonzero().squeeze(1)
             for span in site.rows:
-                parameter = own.get(span.tensor)  # running statistics are no parameters
+                parameter = own.get(span.tensor)
                 if parameter is None or not len(neurons):
-                    continue
+                    continue  # a running statistic, or nothing of this site
                 entry = chosen.setdefault(id(parameter), (parameter, span.dim, []))
                 entry[2].append(span.indices(neurons))
         if not chosen:
-            raise ValueError("the slice is empty: there is no parameter to tune")
+            raise ValueError("Slice.parameters: the slice is empty, there is no parameter to tune")
         return [
             {
                 "params": [p for p, _, _ in chosen.values()],

@@ -1,0 +1,315 @@
+"""Observation in somebody's own loop: hooks that turn activations into statistics.
+
+Labels come before the forward pass, so that a site's statistics are taken the moment its reader is
+called and nothing is kept. Only with the metric "taylor" do a batch's activations stay alive until
+its backward pass, which keeps them anyway.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from neusemslice.graph import Graph, Inputs, Site, device_of, is_compiled, trace
+from neusemslice.ops import ClassOrder, class_order, class_stats_
+from neusemslice.profiling.batching import as_labels
+from neusemslice.profiling.profile import METRICS, Profile
+
+
+@dataclass
+class _Batch:
+    """The batch that is being observed: its labels, and what the gradients will need."""
+
+    order: ClassOrder
+    labels: torch.Size
+    weights: Tensor | None
+    mask: Tensor | None
+    seen: dict[str, Tensor] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Profiler:
+    """Collects a profile while you run the model yourself.
+
+        with nss.Profiler(model, inputs=x[:2], num_classes=10) as profiler:
+            for x, y in loader:
+                with profiler.batch(y):
+                    model(x)
+        profile = profiler.profile
+
+    With "taylor" among the metrics, the block must also run a backward pass of a loss that is
+    summed over the samples. The model's mode and flags are yours: use ``model.eval()`` unless you
+    want statistics of training mode.
+
+    Hooks are there between entering and leaving the profiler; ``batch`` alone installs them for
+    its own block. If the model is compiled, the compiler is reset whenever hooks come or go,
+    because it would ignore them.
+
+    Args:
+        model: what to observe; it is left as it was.
+        inputs: one small batch to trace the model with: a tensor, a tuple of arguments, or a
+            mapping of keyword arguments.
+        metrics: among ``METRICS``.
+        num_classes: ``K``; by default the number of the model's outputs.
+        class_names: ``K`` names; by default "0", "1", ….
+        sites: shell patterns of the names of sites to observe; all by default.
+
+    Raises:
+        ValueError: for an unknown metric, a pattern that matches no site, or not ``K`` names.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | Inputs,
+        metrics: Sequence[str] = ("avg",),
+        *,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        sites: Sequence[str] | None = None,
+    ) -> None:
+        unknown = [metric for metric in metrics if metric not in METRICS]
+        if unknown or not metrics:
+            raise ValueError(f"profile: metrics must be among {METRICS}, got {tuple(metrics)}")
+        graph = _select(trace(model, _as_inputs(inputs)), sites)
+        k = graph.num_outputs if num_classes is None else num_classes
+        names = tuple(str(i) for i in range(k)) if class_names is None else tuple(class_names)
+        if len(names) != k:
+            raise ValueError(f"profile: class_names must be {k} names, got {len(names)}")
+        self.model = model
+        self.profile = Profile.empty(graph, names, metrics, device_of(model))
+        self._gradients = "taylor" in metrics
+        # A module can be the first reader of several sites (a concatenation).
+        self._observed: dict[str, list[Site]] = {}
+        for site in graph.sites:
+            self._observed.setdefault(site.readers[0].module, []).append(site)
+        self._batch: _Batch | None = None
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    @property
+    def graph(self) -> Graph:
+        """The observed sites."""
+        return self.profile.graph
+
+    def __enter__(self) -> Self:
+        if self._handles:
+            raise RuntimeError("Profiler: entered twice")
+        _reset_compiler(self.model)
+        for name in self._observed:
+            module = self.model.get_submodule(name)
+            hook = self._hook(name)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        _reset_compiler(self.model)
+
+    @contextmanager
+    def batch(
+        self, labels: Any, mask: Tensor | None = None, weights: Tensor | None = None
+    ) -> Iterator[None]:
+        """Observes the forward pass inside the block, and with "taylor" its backward pass.
+
+        Args:
+            labels: integers ``[N]``, or ``[N, T]`` where every token has its own label; -100 is
+                ignored. Tensor, list or array.
+            mask: bool ``[N, T]``, False for padding; used at sites that see tokens.
+            weights: of the samples ``[N]``, finite and not negative.
+
+        Raises:
+            TypeError, ValueError: for labels, mask or weights of another dtype or shape, or labels
+                out of range; and, naming the site, if they do not fit what the model sees.
+        """
+        with torch.no_grad():
+            device = device_of(self.model)
+            y = as_labels(labels, "profile")
+            if mask is not None:
+                mask = _checked_mask(mask.to(device, non_blocking=True), y)
+            if weights is not None:
+                if weights.shape != y.shape[:1]:
+                    raise ValueError(
+                        f"profile: weights must have shape [{y.shape[0]}], "
+                        f"got {list(weights.shape)}"
+                    )
+                weights = weights.to(device, non_blocking=True)
+            if y.ndim == 2:
+                # Each token is a sample; padding has no class, and tokens weigh as their sample.
+                if mask is not None:
+                    y, mask = y.masked_fill(~mask.to(y.device), -100), None
+                if weights is not None:
+                    weights = weights.unsqueeze(1).expand(y.shape).flatten()
+            # Where the labels are, so that those of a loader are checked without a wait for a GPU.
+            order = class_order(y.flatten(), self.profile.num_classes)
+            order = ClassOrder(*(t.to(device, non_blocking=True) for t in order))
+        installed = bool(self._handles)
+        if not installed:
+            self.__enter__()
+        self._batch = batch = _Batch(order, y.shape, weights, mask)
+        try:
+            yield
+            if self._gradients:
+                self._contribute(batch)
+        finally:
+            self._batch = None
+            if not installed:
+                self.__exit__(None, None, None)
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            batch = self._batch
+            if batch is None:
+                return
+            x = args[0] if args else kwargs["input"]
+            for site in self._observed[name]:
+                view = _view(site, x.detach(), batch)
+                class_stats_(
+                    self.profile.activations[site.name],
+                    view.x,
+                    batch.order,
+                    weight=batch.weights,
+                    mask=view.mask,
+                    neuron_dim=site.readers[0].neuron_dim,
+                )
+            if self._gradients:
+                if not x.requires_grad:
+                    raise ValueError(
+                        f"profile: the metric 'taylor' needs gradients, but what {name} reads "
+                        "requires none; let its parameters or the input require them"
+                    )
+                batch.seen[name] = x
+                x.register_hook(lambda gradient: batch.gradients.update({name: gradient}))
+
+        return hook
+
+    def seen(self) -> list[Tensor]:
+        """What the sites of the current batch read, for ``torch.autograd.grad``."""
+        return [] if self._batch is None else list(self._batch.seen.values())
+
+    @torch.no_grad()
+    def _contribute(self, batch: _Batch) -> None:
+        """Adds ``a · g`` of the batch whose backward pass has run.
+
+        A site that the loss does not depend on has no gradient, and contributes nothing.
+        """
+        if batch.seen and not batch.gradients:
+            raise ValueError(
+                "profile: the metric 'taylor' needs a backward pass within the batch's block"
+            )
+        for name, gradient in batch.gradients.items():
+            product = batch.seen[name].detach() * gradient
+            for site in self._observed[name]:
+                view = _view(site, product, batch)
+                class_stats_(
+                    self.profile.contributions[site.name],
+                    view.pooled(site.readers[0].neuron_dim),
+                    batch.order,
+                    weight=batch.weights,
+                )
+
+
+@dataclass
+class _View:
+    """A site's part of what its reader reads, and the mask over its positions."""
+
+    x: Tensor
+    mask: Tensor | None
+
+    def pooled(self, neuron_dim: int) -> Tensor:
+        """Mean over the positions that the mask keeps, ``[N, C]``."""
+        x = self.x.movedim(neuron_dim, -1)
+        if x.ndim == 2:
+            return x
+        x = x.flatten(1, -2)
+        if self.mask is None:
+            return x.mean(1)
+        kept = self.mask.flatten(1)
+        total = x.masked_fill(~kept.unsqueeze(2), 0).sum(1)
+        return total / kept.sum(1, keepdim=True).clamp_min(1)
+
+
+def _view(site: Site, x: Tensor, batch: _Batch) -> _View:
+    """Fits labels and mask to what a site's reader reads.
+
+    Raises:
+        ValueError: naming the site, if they do not fit.
+    """
+    labels, reader = batch.labels, site.readers[0]
+    has_tokens = x.ndim == 3 and reader.dim == -1
+    if len(labels) == 2:
+        if not has_tokens or x.shape[:2] != labels:
+            raise ValueError(
+                f"profile: the labels are of {labels[0]} x {labels[1]} tokens, "
+                f"but site {site.name} sees {list(x.shape)}; choose the sites that see tokens"
+            )
+        x = x.flatten(0, 1)
+    elif x.shape[0] != labels[0]:
+        raise ValueError(
+            f"profile: the batch has {labels[0]} labels, but {x.shape[0]} samples "
+            f"at site {site.name}"
+        )
+    mask = batch.mask if x.ndim > 2 else None
+    if mask is not None and (not has_tokens or x.shape[:2] != mask.shape):
+        raise ValueError(
+            f"profile: the mask is of {mask.shape[0]} x {mask.shape[1]} tokens, "
+            f"but site {site.name} sees {list(x.shape)}"
+        )
+    if mask is not None and reader.repeat > 1:
+        mask = mask.unsqueeze(-1).expand(*mask.shape, reader.repeat)
+    return _View(reader.take(x, site.neurons), mask)
+
+
+def _reset_compiler(model: nn.Module) -> None:
+    if is_compiled(model):
+        torch.compiler.reset()
+
+
+def _checked_mask(mask: Tensor, labels: Tensor) -> Tensor:
+    if mask.ndim != 2 or mask.shape[: labels.ndim] != labels.shape[: mask.ndim]:
+        raise ValueError(
+            f"profile: mask must be bool [N, T] for labels {list(labels.shape)}, "
+            f"got {list(mask.shape)}"
+        )
+    if mask.dtype.is_floating_point:
+        raise TypeError(f"profile: mask must be bool or integer [N, T], got {mask.dtype}")
+    return mask.bool()
+
+
+def _select(graph: Graph, patterns: Sequence[str] | None) -> Graph:
+    """The graph with the sites that a pattern matches.
+
+    Raises:
+        ValueError: for a pattern that matches none.
+    """
+    if patterns is None:
+        return graph
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = fnmatch.filter((site.name for site in graph.sites), pattern)
+        if not found:
+            known = ", ".join(site.name for site in graph.sites)
+            raise ValueError(f"profile: no site matches {pattern!r}; the model has {known}")
+        chosen.update(found)
+    return graph.only(chosen)
+
+
+def _as_inputs(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | Inputs) -> Inputs:
+    if isinstance(inputs, Inputs):
+        return inputs
+    if isinstance(inputs, Tensor):
+        return Inputs((inputs,))
+    return Inputs(kwargs=inputs) if isinstance(inputs, Mapping) else Inputs(tuple(inputs))

@@ -1,0 +1,90 @@
+"""One sweep over a loader, from a model to its profile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neusemslice._progress import track
+from neusemslice.graph import device_of, evaluation, logits_of
+from neusemslice.profiling.batching import LabelsOf, batches
+from neusemslice.profiling.profile import METRICS, Profile
+from neusemslice.profiling.profiler import Profiler
+
+LossOf = Callable[[Any, Tensor], Tensor]
+"""Takes the model's output and the labels; returns the loss of each sample or their sum."""
+
+
+def profile(
+    model: nn.Module,
+    loader: Iterable[Any],
+    metrics: Sequence[str] = ("avg", "taylor"),
+    *,
+    num_classes: int | None = None,
+    class_names: Sequence[str] | None = None,
+    sites: Sequence[str] | None = None,
+    loss: LossOf | None = None,
+    labels: LabelsOf | None = None,
+) -> Profile:
+    """Observes every site and every class of a model in one sweep over a loader.
+
+    The model runs in evaluation mode. With "taylor" among the metrics one backward pass per batch
+    follows, for gradients of activations only: parameters' ``.grad`` is neither read nor written.
+    The loss is summed over the batch, so that each sample's gradient is its own. No activation is
+    kept beyond its batch, and the model is left as it was, whatever happens.
+
+    Args:
+        model: returns logits ``[N, K]``, has ``.logits``, or returns a tuple that starts with them.
+        loader: gives batches ``(x, …, labels)`` or mappings with "labels"; labels are integers in
+            ``[0, K)``, or -100 for samples to ignore: ``[N]``, or ``[N, T]`` for one per token. An
+            "attention_mask" in a mapping is the mask of its real tokens.
+        metrics: among ``METRICS``; see ``neusemslice.slicing.scores``.
+        num_classes: ``K``; by default the number of the model's outputs.
+        class_names: ``K`` names; by default "0", "1", ….
+        sites: shell patterns of the names of sites to observe; all by default.
+        loss: for models whose loss is not the cross-entropy of the logits.
+        labels: for batches of another form; takes a batch and returns its labels.
+
+    Raises:
+        ValueError, TypeError: for an unknown metric, a pattern that matches no site, a loader that
+            yields nothing, labels or batches of another form, labels out of range.
+    """
+    if unknown := [metric for metric in metrics if metric not in METRICS]:
+        raise ValueError(f"profile: metrics must be among {METRICS}, got {tuple(unknown)}")
+    device = device_of(model)
+    gradients = "taylor" in metrics
+    loss = loss or _cross_entropy
+    profiler: Profiler | None = None
+    with (
+        ExitStack() as stack,
+        evaluation(model, requires_grad=gradients or None),
+        torch.set_grad_enabled(gradients),
+    ):
+        for inputs, y in batches(track(loader, "profile"), "profile", device, labels):
+            if profiler is None:
+                profiler = Profiler(
+                    model,
+                    inputs.head(2),
+                    metrics,
+                    num_classes=num_classes,
+                    class_names=class_names,
+                    sites=sites,
+                )
+                stack.enter_context(profiler)
+            with profiler.batch(y, inputs.kwargs.get("attention_mask")):
+                output = inputs.run(model)
+                if gradients:
+                    total = loss(output, y.to(device, non_blocking=True)).sum()
+                    torch.autograd.grad(total, profiler.seen(), allow_unused=True)
+    assert profiler is not None
+    return profiler.profile
+
+
+def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
+    logits = logits_of(output)
+    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
