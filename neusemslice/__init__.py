@@ -11,12 +11,13 @@ grown = nss.extend(model, slicing, new_classes_loader)
 
 from neusemslice import ops, optim
 from neusemslice.maintain import extend, readapt, restructure
-from neusemslice.profiling import Profile, profile
+from neusemslice.profiling import Profile, Profiler, profile
 from neusemslice.slicing import SemanticSlicing, Slice
 from neusemslice.slicing import slice_profile as slice  # noqa: A004
 
 __all__ = [
     "Profile",
+    "Profiler",
     "SemanticSlicing",
     "Slice",
     "extend",

@@ -172,3 +172,74 @@ def loader(samples: int = 24, classes: int = 4, shape: tuple[int, ...] = (1, 8, 
     labels = torch.arange(samples) % classes
     x = images(samples, *shape) + labels.view(-1, *[1] * len(shape))
     return list(zip(x.split(7), labels.split(7), strict=True))
+
+
+class Crossed(nn.Module):
+    """Two plain layers behind a part in which neurons do not stay where they are.
+
+    `kind` names the part: tokens and features are transposed, channels are shuffled, an image is
+    flattened with its pixels first, or queries meet keys.
+    """
+
+    def __init__(self, kind: str, outputs: int = 4) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 1)
+        width = 8 * 64 if kind == "pixels first" else 8
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+        self.mixer = nn.Linear(64, 64)
+        self.plain = nn.Linear(width, 12)
+        self.head = nn.Linear(12, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        if self.kind == "shuffle":
+            x = x.view(-1, 2, 4, 8, 8).transpose(1, 2).reshape(-1, 8, 8, 8)
+        x = F.relu(self.second(x))
+        if self.kind == "pixels first":
+            x = x.permute(0, 2, 3, 1).flatten(1)
+        elif self.kind == "transpose":
+            tokens = x.flatten(2).transpose(1, 2)
+            x = self.mixer(tokens.transpose(1, 2)).mean(2)
+        elif self.kind == "attention":
+            tokens = x.flatten(2).transpose(1, 2)
+            scores = self.query(tokens) @ self.key(tokens).transpose(1, 2)
+            x = (scores.softmax(-1) @ self.value(tokens)).mean(1)
+        else:
+            x = x.mean((2, 3))
+        return self.head(F.relu(self.plain(x)))
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, between others."""
+
+    def __init__(self, outputs: int = 4) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 8)
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.two.weight = self.one.weight
+        self.last = nn.Linear(8, 6)
+        self.head = nn.Linear(6, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x.flatten(1)))
+        x = F.relu(self.two(F.relu(self.one(x))))
+        return self.head(F.relu(self.last(x)))
+
+
+class Tokens(nn.Module):
+    """Linear layers on tokens [N, T, 12] with a norm without affine between them."""
+
+    def __init__(self, outputs: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Linear(12, 8)
+        self.norm = nn.LayerNorm(8, elementwise_affine=False)
+        self.inner = nn.Linear(8, 16)
+        self.outer = nn.Linear(16, 8)
+        self.head = nn.Linear(8, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        x = x + self.outer(F.gelu(self.inner(self.norm(x))))
+        return self.head(x.mean(1))

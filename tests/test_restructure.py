@@ -63,6 +63,15 @@ def test_unequal_widths_and_exactly_these_neurons():
     assert result.model[7].in_features == 48
 
 
+def test_calibration_needs_no_labels():
+    model, slicing = made("lenet")
+    for batches in ([X], [{"input": X}], [(X, torch.zeros(9))]):
+        assert nss.restructure(model, slicing, calibration=batches, keep=0.5).model(X).shape == (
+            9,
+            4,
+        )
+
+
 def test_without_a_target_the_critical_slice_stays():
     model, slicing = made("lenet", threshold=0.5)
     result = nss.restructure(model, slicing, calibration=BATCHES)

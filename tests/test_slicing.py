@@ -56,6 +56,9 @@ class TestCriticalSets:
             ([0.6, 0.4, 0.0], 1.0, [1, 1, 0]),
             ([0.0, 0.0, 0.0], 0.9, [0, 0, 0]),
             ([1.0], 0.01, [1]),
+            ([0.05] * 20, 0.25, [1] * 5 + [0] * 15),
+            ([0.05] * 20, 0.05, [1] + [0] * 19),
+            ([0.1] * 10, 0.3, [1] * 3 + [0] * 7),
         ],
     )
     def test_by_hand(self, row, threshold, expected):
@@ -75,7 +78,7 @@ class TestCriticalSets:
                 continue
             assert row[chosen].sum() >= threshold * row.sum() - 1e-12
             smallest = row[chosen].min()
-            assert row[chosen].sum() - smallest < threshold * row.sum()
+            assert row[chosen].sum() - smallest < threshold * row.sum() + 1e-12
             assert (row[~chosen] <= smallest).all()
 
     def test_no_neuron_and_no_class(self):

@@ -143,16 +143,18 @@ class Graph:
 
     def only(self, names: Collection[str]) -> Graph:
         """The graph with these sites alone; a group that loses a site is kept whole."""
-        groups = tuple(
-            Group(
-                tuple(name for name in group.sites if name in names),
-                group.kept_whole
-                or ("" if set(group.sites) <= set(names) else "some of its sites are not observed"),
-            )
-            for group in self.groups
+        groups: list[Group] = []
+        number: dict[int, int] = {}
+        for index, group in enumerate(self.groups):
+            left = tuple(name for name in group.sites if name in names)
+            if left:
+                number[index] = len(groups)
+                partly = "some of its sites are not observed" if left != group.sites else ""
+                groups.append(Group(left, group.kept_whole or partly))
+        sites = tuple(
+            replace(site, group=number[site.group]) for site in self.sites if site.name in names
         )
-        sites = tuple(site for site in self.sites if site.name in names)
-        return replace(self, sites=sites, groups=groups)
+        return replace(self, sites=sites, groups=tuple(groups))
 
     @property
     def neurons(self) -> int:

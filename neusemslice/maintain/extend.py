@@ -30,7 +30,7 @@ from neusemslice.graph import Graph, device_of, evaluation, logits_of
 from neusemslice.maintain.tasks import Task, TaskModel
 from neusemslice.maintain.training import Training, fit
 from neusemslice.optim import MaskedAdamW
-from neusemslice.profiling import batches
+from neusemslice.profiling import batches, first_inputs
 from neusemslice.slicing import SemanticSlicing, Slice
 
 OLD, NEW = "old", "new"
@@ -157,7 +157,7 @@ def extend(
             what="extend",
             classes=new_classes,
         )
-    inputs, _ = next(iter(batches(loader, "extend", device_of(model))))
+    inputs = first_inputs(loader, "extend", device_of(model))
     with evaluation(base), evaluation(backbone), torch.no_grad():
         with frozen.applied(base):
             before = logits_of(inputs.run(base))

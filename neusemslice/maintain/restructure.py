@@ -30,7 +30,7 @@ from neusemslice.graph import (
     tensors_in,
 )
 from neusemslice.maintain.cost import Cost, measure, sliced_cost
-from neusemslice.profiling import batches
+from neusemslice.profiling import first_inputs
 from neusemslice.slicing import SemanticSlicing, Slice
 
 TOLERANCE = 1e-5
@@ -82,7 +82,7 @@ def restructure(
     Args:
         model: the one that the slicing was made from; it is left as it was.
         slicing: from ``neusemslice.slice``, or the slice to keep.
-        calibration: a loader whose first batch the result is checked with.
+        calibration: a loader whose first batch the result is checked with; labels are not used.
         macs, params: share of the multiply-adds or of the parameters to keep at most.
         keep: share of each group's neurons to keep.
 
@@ -93,7 +93,7 @@ def restructure(
             first site that differs.
     """
     graph = slicing.profile.graph if isinstance(slicing, SemanticSlicing) else slicing.graph
-    inputs, _ = next(iter(batches(calibration, "restructure", device_of(model))))
+    inputs = first_inputs(calibration, "restructure", device_of(model))
     targets = {"macs": macs, "params": params, "keep": keep}
     chosen = {name: value for name, value in targets.items() if value is not None}
     if len(chosen) > 1:

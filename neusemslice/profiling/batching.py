@@ -44,6 +44,22 @@ def batches(
         raise ValueError(f"{caller}: the loader yielded no batch")
 
 
+def first_inputs(loader: Iterable[Any], caller: str, device: torch.device) -> Inputs:
+    """Inputs of the first batch, with labels or without, on ``device``.
+
+    Raises:
+        ValueError: if the loader yields nothing.
+    """
+    for batch in loader:
+        if isinstance(batch, Tensor):
+            return Inputs((batch,)).to(device)
+        if isinstance(batch, Mapping):
+            unlabelled = {k: v for k, v in batch.items() if k not in _LABEL_KEYS}
+            return Inputs(kwargs=unlabelled).to(device)
+        return _take_apart(batch, f"{caller}: batch 0", None)[0].to(device)
+    raise ValueError(f"{caller}: the loader yielded no batch")
+
+
 def _take_apart(batch: Any, where: str, labels_of: LabelsOf | None) -> tuple[Inputs, Any]:
     if isinstance(batch, Mapping):
         key = next((k for k in _LABEL_KEYS if k in batch), None)
