@@ -89,16 +89,6 @@ class TestCommandLine:
         assert "holds neither train-images-idx3-ubyte.gz nor" in result.stderr.replace("\n", " ")
         assert "Traceback" not in result.stderr
 
-    def test_help_names_the_command(self, tmp_path):
-        result = subprocess.run(
-            [sys.executable, "-m", "neusemslice"],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert "demo" in result.stdout + result.stderr
-
 
 class TestShift:
     def test_is_the_same_each_time_and_keeps_shape(self):

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from neusemslice import _files
 from neusemslice._progress import track
 from neusemslice.graph import device_of, evaluation, logits_of
 from neusemslice.profiling.batching import LabelsOf, batches
 from neusemslice.profiling.profile import METRICS, Profile
 from neusemslice.profiling.profiler import Profiler
+
+CHECKPOINT_SECONDS = 30.0
+"""Time between two checkpoints of a sweep."""
 
 LossOf = Callable[[Any, Tensor], Tensor]
 """Takes the model's output and the labels; returns the loss of each sample or their sum."""
@@ -30,6 +37,7 @@ def profile(
     sites: Sequence[str] | None = None,
     loss: LossOf | None = None,
     labels: LabelsOf | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Profile:
     """Observes every site and every class of a model in one sweep over a loader.
 
@@ -49,10 +57,15 @@ def profile(
         sites: shell patterns of the names of sites to observe; all by default.
         loss: for models whose loss is not the cross-entropy of the logits.
         labels: for batches of another form; takes a batch and returns its labels.
+        checkpoint: a file that keeps the work so far, written atomically about every half minute.
+            If it exists, the sweep continues behind it, and ends with the same bits as one that
+            was not interrupted; the loader must give the same batches in the same order. It is
+            removed at the end.
 
     Raises:
         ValueError, TypeError: for an unknown metric, a pattern that matches no site, a loader that
-            yields nothing, labels or batches of another form, labels out of range.
+            yields nothing, labels or batches of another form, labels out of range, or a checkpoint
+            of another sweep.
     """
     if unknown := [metric for metric in metrics if metric not in METRICS]:
         raise ValueError(f"profile: metrics must be among {METRICS}, got {tuple(unknown)}")
@@ -65,7 +78,11 @@ def profile(
         evaluation(model, requires_grad=gradients or None),
         torch.set_grad_enabled(gradients),
     ):
-        for inputs, y in batches(track(loader, "profile"), "profile", device, labels):
+        last_saved = time.monotonic()
+        seen = 0
+        for number, (inputs, y) in enumerate(
+            batches(track(loader, "profile"), "profile", device, labels)
+        ):
             if profiler is None:
                 profiler = Profiler(
                     model,
@@ -76,13 +93,41 @@ def profile(
                     sites=sites,
                 )
                 stack.enter_context(profiler)
+                if checkpoint is not None and Path(checkpoint).exists():
+                    seen = _continue(checkpoint, profiler.profile)
+            if number < seen:
+                continue
             with profiler.batch(y, inputs.kwargs.get("attention_mask")):
                 output = inputs.run(model)
                 if gradients:
                     total = loss(output, y.to(device, non_blocking=True)).sum()
                     torch.autograd.grad(total, profiler.seen(), allow_unused=True)
+            if checkpoint is not None and time.monotonic() - last_saved >= CHECKPOINT_SECONDS:
+                _save(checkpoint, profiler.profile, number + 1)
+                last_saved = time.monotonic()
     assert profiler is not None
+    if checkpoint is not None:
+        Path(checkpoint).unlink(missing_ok=True)
     return profiler.profile
+
+
+def _save(path: str | os.PathLike[str], found: Profile, batches_seen: int) -> None:
+    tensors, content = found.to_file()
+    _files.write(path, "checkpoint", tensors, content | {"batches": batches_seen})
+
+
+def _continue(path: str | os.PathLike[str], found: Profile) -> int:
+    """Fills the empty profile from a checkpoint; returns the number of batches in it."""
+    saved, batches_seen = _files.read(
+        path,
+        "checkpoint",
+        lambda tensors, content: (Profile.from_file(tensors, content), int(content["batches"])),
+    )
+    try:
+        found.merge(saved)
+    except ValueError as error:
+        raise ValueError(f"profile: {path} is the checkpoint of another sweep: {error}") from error
+    return batches_seen
 
 
 def _cross_entropy(output: Any, labels: Tensor) -> Tensor:

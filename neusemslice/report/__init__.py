@@ -2,6 +2,14 @@
 
 from neusemslice.report.figures import plot_outcome, plot_slicing
 from neusemslice.report.outcome import Outcome
-from neusemslice.report.table import print_outcome
+from neusemslice.report.outcome_table import print_outcome
+from neusemslice.report.tables import print_profile, print_slicing
 
-__all__ = ["Outcome", "plot_outcome", "plot_slicing", "print_outcome"]
+__all__ = [
+    "Outcome",
+    "plot_outcome",
+    "plot_slicing",
+    "print_outcome",
+    "print_profile",
+    "print_slicing",
+]

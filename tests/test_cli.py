@@ -1,0 +1,129 @@
+"""The command line as a user runs it: a file of one's own, an empty folder, several processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from neusemslice import Profile, SemanticSlicing
+
+TASK = """
+import torch
+from torch import nn
+
+class_names = ["cat", "dog", "owl"]
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
+
+def train():
+    torch.manual_seed(1)
+    return [(torch.randn(n, 6), torch.arange(n) % 3) for n in (7, 4, 9, 2, 5)]
+"""
+
+
+def start(folder: Path, *command: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "neusemslice", *command],
+        cwd=folder,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    try:
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
+    return finish(start(folder, *command))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "task.py").write_text(TASK)
+    return tmp_path
+
+
+def test_profile_then_slice(folder):
+    result = run(folder, "profile", "task.py", "-o", "out")
+    assert result.returncode == 0, result.stderr
+    assert "samples per class: cat 11, dog 9, owl 7" in result.stdout
+    profile = Profile.load(folder / "out" / "profile.safetensors")
+    assert profile.class_names == ("cat", "dog", "owl")
+    assert [p.name for p in (folder / "out").iterdir()] == ["profile.safetensors"]
+    result = run(folder, "slice", "out", "--threshold", "0.8")
+    assert result.returncode == 0, result.stderr
+    assert "semantic components" in result.stdout
+    slicing = SemanticSlicing.load(folder / "out" / "slice.safetensors")
+    assert slicing.threshold == 0.8
+
+
+@pytest.mark.slow
+def test_ranks_give_the_profile_of_one_process(folder):
+    """Two processes with the environment that torchrun gives its own."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = [
+        start(
+            folder,
+            *("profile", "task.py", "-o", "two"),
+            RANK=str(rank),
+            LOCAL_RANK=str(rank),
+            WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+            GLOO_SOCKET_IFNAME="lo",
+            OMP_NUM_THREADS="1",
+        )
+        for rank in range(2)
+    ]
+    for process in ranks:
+        result = finish(process)
+        assert result.returncode == 0, result.stderr
+    assert run(folder, "profile", "task.py", "-o", "one").returncode == 0
+    one, two = (Profile.load(folder / name / "profile.safetensors") for name in ("one", "two"))
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(tensor, two.state_dict()[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("source", "command", "message"),
+    [
+        (None, ("profile", "gone.py"), "gone.py: no such file"),
+        ("def model(): pass", ("profile", "task.py"), "task.py has no function train()"),
+        ("import nothing_here", ("profile", "task.py"), "cannot be imported: ModuleNotFoundError"),
+        (
+            "model = train = lambda: 3",
+            ("profile", "task.py"),
+            "must return a torch.nn.Module",
+        ),
+        (None, ("profile", "task.py", "--metric", "sum"), "metrics must be among"),
+        (None, ("slice", "nowhere"), "profile.safetensors: no such file"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(folder, source, command, message):
+    if source is not None:
+        (folder / "task.py").write_text(source)
+    result = run(folder, *command)
+    assert result.returncode == 1
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+def test_help_lists_the_commands(folder):
+    shown = run(folder, "--help").stdout
+    for command in ("demo", "profile", "slice"):
+        assert command in shown
