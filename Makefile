@@ -11,6 +11,10 @@ BIN := $(VENV)/bin
 CXX_FOUND := $(if $(filter default undefined,$(origin CXX)),c++,$(CXX))
 SOURCES := $(shell find csrc -type f)
 
+# Idle threads sleep instead of spinning: where other work shares the cores, spinning makes small
+# operators many times slower. Benchmarks keep the default.
+demo test: export OMP_WAIT_POLICY ?= passive
+
 .PHONY: demo test bench build environment clean
 
 demo: build
