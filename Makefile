@@ -24,7 +24,7 @@ test: build
 	$(BIN)/python -m pytest
 
 bench: build
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m bench.class_stats
 
 build: $(VENV)/.built
 
