@@ -9,6 +9,8 @@
 #include <string>
 
 #include "neusemslice_build_info.h"
+#include "ops/cpu/capability.h"
+#include "ops/cpu/stream.h"
 
 namespace {
 
@@ -27,6 +29,7 @@ pybind11::dict build_info() {
   pybind11::dict info = pybind11::module_::import("json").attr("loads")(NSS_BUILD_JSON);
   info["compiler"] = compiler();
   info["cxx_standard"] = __cplusplus;
+  info["cpu_capability"] = neusemslice::cpu::capability_name();
   return info;
 }
 
@@ -35,4 +38,10 @@ pybind11::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "Operators of neusemslice; use them through neusemslice.ops.";
   m.def("build_info", &build_info, "What this extension was built for, and with which switches.");
+  m.def("cpu_capabilities", &neusemslice::cpu::capability_names,
+        "Instruction sets that the CPU kernels can use here, the widest last.");
+  m.def("set_cpu_capability", &neusemslice::cpu::set_capability,
+        "Makes the CPU kernels use one of cpu_capabilities(). For tests; not beside a kernel.");
+  m.def("stream_memory", &neusemslice::cpu::stream_memory,
+        "Reads one tensor and rewrites another at the speed of memory. For benchmarks.");
 }

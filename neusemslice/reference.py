@@ -33,7 +33,8 @@ def class_stats(
 ) -> ClassStats:
     """The state after all samples of ``x`` at once, two-pass, in float64 throughout.
 
-    Shapes as ``ops.class_stats_``. All statistics are float64 here, of finite input.
+    Shapes as ``ops.class_stats_``, labels as ``ops.class_order``. All statistics are
+    float64 here, of finite input.
     """
     values = x.double().movedim(neuron_dim, -1)
     samples, neurons = values.shape[0], values.shape[-1]
@@ -50,20 +51,21 @@ def class_stats(
     state.max = torch.full((num_classes, neurons), -torch.inf, dtype=torch.float64)
     assert state.mean is not None
     assert state.m2 is not None
+    if labels.ndim == 1:
+        labels = labels.unsqueeze(1) == torch.arange(num_classes)
     for k in range(num_classes):
-        chosen = [
-            n for n in range(samples) if labels[n] == k and weights[n] > 0 and bool(kept[n].any())
-        ]
+        in_class = weights * labels[:, k].double()
+        chosen = [n for n in range(samples) if in_class[n] > 0 and bool(kept[n].any())]
         if not chosen:
             continue
-        w = weights[chosen]
+        w = in_class[chosen]
         pooled = torch.stack([values[n][kept[n]].mean(0) for n in chosen])
         mean = (w[:, None] * pooled).sum(0) / w.sum()
         state.count[k] = w.sum()
         state.mean[k] = mean
         state.m2[k] = (w[:, None] * (pooled - mean) ** 2).sum(0)
         every = torch.cat([values[n][kept[n]] for n in chosen])
-        every_weight = torch.cat([weights[n].expand(int(kept[n].sum())) for n in chosen])
+        every_weight = torch.cat([in_class[n].expand(int(kept[n].sum())) for n in chosen])
         state.positions[k] = every_weight.sum()
         share = (every_weight / every_weight.sum())[:, None]
         state.mean_abs[k] = (share * every.abs()).sum(0)

@@ -54,13 +54,13 @@ void class_stats_(const at::Tensor& count, const at::Tensor& positions, const at
                   const OptionalTensor& mean, const OptionalTensor& m2,
                   const OptionalTensor& mean_abs, const OptionalTensor& max,
                   const OptionalTensor& active, const at::Tensor& x, const at::Tensor& order,
-                  const at::Tensor& offsets, const OptionalTensor& weight,
-                  const OptionalTensor& mask, int64_t neuron_dim) {
+                  const at::Tensor& offsets, const OptionalTensor& share,
+                  const OptionalTensor& weight, const OptionalTensor& mask, int64_t neuron_dim) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("neusemslice::class_stats_", "")
                        .typed<decltype(class_stats_)>();
-  op.call(count, positions, nonfinite, mean, m2, mean_abs, max, active, x, order, offsets, weight,
-          mask, neuron_dim);
+  op.call(count, positions, nonfinite, mean, m2, mean_abs, max, active, x, order, offsets, share,
+          weight, mask, neuron_dim);
 }
 
 void class_stats_merge_(const at::Tensor& count, const at::Tensor& positions,
@@ -109,8 +109,8 @@ ClassState checked_state(const char* op, const char* prefix, const at::Tensor& c
 
 ClassBatch checked_batch(const ClassState& state, at::Device device, const at::Tensor& x,
                          const at::Tensor& order, const at::Tensor& offsets,
-                         const OptionalTensor& weight, const OptionalTensor& mask,
-                         int64_t neuron_dim) {
+                         const OptionalTensor& share, const OptionalTensor& weight,
+                         const OptionalTensor& mask, int64_t neuron_dim) {
   const char* op = "class_stats_";
   check_floating(x, op, "x");
   check_device(x, device, op, "x");
@@ -123,7 +123,12 @@ ClassBatch checked_batch(const ClassState& state, at::Device device, const at::T
   TORCH_CHECK_VALUE(x.size(neurons_at) == state.neurons, op, ": x must have ", state.neurons,
                     " neurons in dimension ", neurons_at, ", got ", describe(x));
   check_dtype(order, at::kLong, op, "order");
-  check_shape(order, {x.size(0)}, op, "order");
+  if (share.has_value()) {
+    TORCH_CHECK_VALUE(order.dim() == 1, op, ": order must be int64 [entries], got ",
+                      describe(order));
+  } else {
+    check_shape(order, {x.size(0)}, op, "order");
+  }
   check_device(order, device, op, "order");
   check_contiguous(order, op, "order");
   check_dtype(offsets, at::kLong, op, "offsets");
@@ -142,13 +147,15 @@ ClassBatch checked_batch(const ClassState& state, at::Device device, const at::T
     mask_shape.push_back(x.size(d));
     batch.positions *= x.size(d);
   }
-  if (weight.has_value()) {
-    TORCH_CHECK_TYPE(at::isFloatingType(weight->scalar_type()), op,
-                     ": weight must be floating point, got ", describe(*weight));
-    check_shape(*weight, {x.size(0)}, op, "weight");
-    check_device(*weight, device, op, "weight");
-    batch.weight = weight->to(at::kDouble).contiguous();
-  }
+  const auto checked_weight = [&](const at::Tensor& t, int64_t size, const char* name) {
+    TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()), op, ": ", name,
+                     " must be floating point, got ", describe(t));
+    check_shape(t, {size}, op, name);
+    check_device(t, device, op, name);
+    return t.to(at::kDouble).contiguous();
+  };
+  if (share.has_value()) batch.share = checked_weight(*share, order.size(0), "share");
+  if (weight.has_value()) batch.weight = checked_weight(*weight, x.size(0), "weight");
   if (mask.has_value()) {
     check_dtype(*mask, at::kBool, op, "mask");
     check_shape(*mask, mask_shape, op, "mask");
@@ -193,8 +200,8 @@ TORCH_LIBRARY_FRAGMENT(neusemslice, m) {
   m.def(
       "class_stats_(Tensor(a!) count, Tensor(b!) positions, Tensor(c!) nonfinite, "
       "Tensor(d!)? mean, Tensor(e!)? m2, Tensor(f!)? mean_abs, Tensor(g!)? max, "
-      "Tensor(h!)? active, Tensor x, Tensor order, Tensor offsets, Tensor? weight=None, "
-      "Tensor? mask=None, int neuron_dim=1) -> ()");
+      "Tensor(h!)? active, Tensor x, Tensor order, Tensor offsets, Tensor? share=None, "
+      "Tensor? weight=None, Tensor? mask=None, int neuron_dim=1) -> ()");
   m.def(
       "class_stats_merge_(Tensor(a!) count, Tensor(b!) positions, Tensor(c!) nonfinite, "
       "Tensor(d!)? mean, Tensor(e!)? m2, Tensor(f!)? mean_abs, Tensor(g!)? max, "

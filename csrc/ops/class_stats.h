@@ -8,14 +8,21 @@
 //   [0, K) other than -100 is refused on the CPU; on CUDA, where the host cannot look without
 //   waiting, it is ordered last and so ignored.
 //
+//   Soft labels need no operator: `order` may name a sample several times, once for each class that
+//   it is shared between, and `share` then holds the part of it that each entry stands for.
+//
 // class_stats_: adds a batch to the state of one site, in place.
 //   x has its samples in dimension 0, its neurons in `neuron_dim`, and positions (pixels, tokens)
 //   in the others. a[n, c], the mean of x over the positions of sample n that the mask keeps,
 //   enters `mean` and `m2`; `mean_abs`, `max` and `active` (share of values > 0) are over
-//   positions. A sample of weight 0, without a class, or without a position left is skipped. A
-//   value that is not finite is counted in `nonfinite` and enters the sums as 0 and the maximum not
-//   at all. Every sum is in float64 and in the order of the samples, so the result has the same
-//   bits each time and at any number of threads.
+//   positions. A sample of weight or share 0, without a class, or without a position left is
+//   skipped; otherwise it enters with the product of the two. A value that is not finite is counted
+//   in `nonfinite` (once per class of its sample) and enters the sums as 0 and the maximum not at
+//   all. Sums are taken in a fixed order, so the result has the same bits each time, at any
+//   number of threads and on any CPU. They are in float64, except that the CPU kernel adds up to
+//   eight rows of float32, float16 or bfloat16 in float32 first: absolute values, squared
+//   deviations from a value near the mean, and bfloat16's plain sum. `mean` is thereby exact to
+//   float64 rounding (bfloat16: 2^-24 of the largest value), `m2` to about 1e-7.
 //
 // class_stats_merge_: adds the state `other` to a state; the empty state is neutral.
 //
@@ -44,8 +51,8 @@ void class_stats_(const at::Tensor& count, const at::Tensor& positions, const at
                   const OptionalTensor& mean, const OptionalTensor& m2,
                   const OptionalTensor& mean_abs, const OptionalTensor& max,
                   const OptionalTensor& active, const at::Tensor& x, const at::Tensor& order,
-                  const at::Tensor& offsets, const OptionalTensor& weight,
-                  const OptionalTensor& mask, int64_t neuron_dim);
+                  const at::Tensor& offsets, const OptionalTensor& share,
+                  const OptionalTensor& weight, const OptionalTensor& mask, int64_t neuron_dim);
 
 void class_stats_merge_(const at::Tensor& count, const at::Tensor& positions,
                         const at::Tensor& nonfinite, const OptionalTensor& mean,
@@ -62,6 +69,7 @@ void class_stats_merge_(const at::Tensor& count, const at::Tensor& positions,
 struct ClassBatch {
   at::Tensor x;       // keeps alive a copy made when the positions had no single stride
   at::Tensor mask;    // bool [N, P] contiguous, or undefined
+  at::Tensor share;   // float64 [entries of order] contiguous, or undefined
   at::Tensor weight;  // float64 [N] contiguous, or undefined
   int64_t samples;
   int64_t positions;
@@ -79,8 +87,8 @@ ClassState checked_state(const char* op, const char* prefix, const at::Tensor& c
 
 ClassBatch checked_batch(const ClassState& state, at::Device device, const at::Tensor& x,
                          const at::Tensor& order, const at::Tensor& offsets,
-                         const OptionalTensor& weight, const OptionalTensor& mask,
-                         int64_t neuron_dim);
+                         const OptionalTensor& share, const OptionalTensor& weight,
+                         const OptionalTensor& mask, int64_t neuron_dim);
 
 // Refuses a merge of states that differ in size or in the statistics that they hold.
 void check_mergeable(const ClassState& state, const ClassState& other);

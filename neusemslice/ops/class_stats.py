@@ -16,10 +16,23 @@ STATISTICS = ("mean", "m2", "mean_abs", "max", "active")
 
 
 class ClassOrder(NamedTuple):
-    """Samples grouped by class: class ``k`` is ``order[offsets[k]:offsets[k + 1]]``."""
+    """Samples grouped by class: class ``k`` is ``order[offsets[k]:offsets[k + 1]]``.
+
+    With soft labels a sample is there once for each class, and ``share`` (float64, as long as
+    ``order``) is the part of it that belongs to the class.
+    """
 
     order: Tensor
     offsets: Tensor
+    share: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> ClassOrder:
+        """The same on ``device``, without a wait for it."""
+        return ClassOrder(
+            self.order.to(device, non_blocking=True),
+            self.offsets.to(device, non_blocking=True),
+            None if self.share is None else self.share.to(device, non_blocking=True),
+        )
 
 
 @dataclass
@@ -112,20 +125,33 @@ def class_order(labels: Tensor, num_classes: int) -> ClassOrder:
     """Orders samples by class with a stable counting sort, once per batch.
 
     Args:
-        labels: int64 ``[N]``, each in ``[0, num_classes)`` or ``-100`` for samples to ignore.
+        labels: int64 ``[N]``, each in ``[0, num_classes)`` or ``-100`` for samples to ignore; or
+            soft labels, floating point ``[N, K]``: how much of each sample belongs to each class,
+            finite and not negative. A row of zeros is a sample to ignore.
         num_classes: ``K``.
 
     Returns:
         ``order`` int64 ``[N]``, a permutation with the ignored samples last, and ``offsets``
-        int64 ``[K + 1]``.
+        int64 ``[K + 1]``; with soft labels ``order`` is ``[K * N]``, and there are shares.
 
     Raises:
-        TypeError: if labels are not int64.
-        ValueError: if labels are not one-dimensional, or (on the CPU) out of range. On CUDA a
+        TypeError: if labels are neither int64 nor floating point.
+        ValueError: if labels have another shape, or (on the CPU) are out of range. On CUDA a
             label out of range is ignored like ``-100``, because looking at it would wait for the
             device.
     """
-    return ClassOrder(*torch.ops.neusemslice.class_order(labels, num_classes))
+    if not labels.is_floating_point():
+        return ClassOrder(*torch.ops.neusemslice.class_order(labels, num_classes))
+    if labels.ndim != 2 or labels.shape[1] != num_classes:
+        raise ValueError(
+            f"class_order: soft labels must be [N, {num_classes}], got {list(labels.shape)}"
+        )
+    samples = labels.shape[0]
+    return ClassOrder(
+        torch.arange(samples, device=labels.device).repeat(num_classes),
+        torch.arange(num_classes + 1, device=labels.device) * samples,
+        labels.detach().t().double().flatten(),
+    )
 
 
 def class_stats_(
@@ -145,25 +171,27 @@ def class_stats_(
     ``mean_abs``, ``max`` and ``active`` are over positions. Where every token has its own label,
     flatten to ``[N * T, C]``.
 
-    Sums are in float64, in the order of the samples: the result has the same bits each time and
-    at any number of threads. Class moments are merged as in Chan, Golub, LeVeque (1979).
+    Sums are in a fixed order, in float64 or (up to eight rows of squares and absolute values at a
+    time) in float32: the result has the same bits each time, at any number of threads and on any
+    CPU. Class moments are merged as in Chan, Golub, LeVeque (1979).
 
     Args:
         state: of ``K`` classes and ``C`` neurons.
         x: float64, float32, float16 or bfloat16 with ``C`` neurons; any strides.
         order: what ``class_order`` gave for the batch's labels.
-        weight: floating point ``[N]``, finite and not negative; 0 skips the sample.
+        weight: floating point ``[N]``, finite and not negative; 0 skips the sample. With soft
+            labels a sample enters each class with weight times share.
         mask: bool, the shape of ``x`` without ``neuron_dim``; False drops the position. A sample
             without a position left is skipped.
         neuron_dim: where the neurons are.
 
-    A value that is NaN or infinite is counted in ``state.nonfinite`` and enters the sums as 0 and
-    the maximum not at all.
+    A value that is NaN or infinite is counted in ``state.nonfinite`` (once for each class of its
+    sample) and enters the sums as 0 and the maximum not at all.
 
     Raises:
         TypeError: for a wrong dtype.
-        ValueError: for a wrong shape or device, or (on the CPU) a wrong weight or order. Nothing
-            has changed then.
+        ValueError: for a wrong shape or device, or (on the CPU) a wrong weight, share or order.
+            Nothing has changed then.
     """
     torch.ops.neusemslice.class_stats_(
         state.count,
@@ -177,6 +205,7 @@ def class_stats_(
         x,
         order.order,
         order.offsets,
+        order.share,
         weight,
         mask,
         neuron_dim,

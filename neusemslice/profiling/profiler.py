@@ -154,8 +154,7 @@ class Profiler:
                 if weights is not None:
                     weights = weights.unsqueeze(1).expand(y.shape).flatten()
             # Where the labels are, so that those of a loader are checked without a wait for a GPU.
-            order = class_order(y.flatten(), self.profile.num_classes)
-            order = ClassOrder(*(t.to(device, non_blocking=True) for t in order))
+            order = class_order(y.flatten(), self.profile.num_classes).to(device)
         installed = bool(self._handles)
         if not installed:
             self.__enter__()

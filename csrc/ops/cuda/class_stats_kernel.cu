@@ -33,6 +33,7 @@ template <typename scalar_t>
 struct DeviceBatch {
   const scalar_t* x;
   const bool* mask;
+  const double* share;
   const double* weight;
   const int64_t* order;
   const int64_t* offsets;
@@ -42,8 +43,12 @@ struct DeviceBatch {
   int64_t stride_p;
   int64_t stride_c;
 
-  __device__ bool usable(int64_t n) const {
-    return n >= 0 && n < samples && (!weight || (weight[n] > 0 && is_finite(weight[n])));
+  // Weight of entry i of the order; 0 if it is one to skip.
+  __device__ double weight_of(int64_t i) const {
+    const int64_t n = order[i];
+    if (n < 0 || n >= samples) return 0;
+    const double s = share ? share[i] : 1, w = weight ? weight[n] : 1;
+    return s > 0 && w > 0 && is_finite(s) && is_finite(w) ? s * w : 0;
   }
   __device__ bool real(int64_t n, int64_t p) const { return !mask || mask[n * positions + p]; }
   __device__ int64_t real_positions(int64_t n) const {
@@ -66,7 +71,8 @@ __global__ void class_stats_kernel(ClassState state, DeviceBatch<scalar_t> batch
     int64_t nonfinite = 0;
     for (int64_t i = batch.offsets[k]; i < batch.offsets[k + 1]; ++i) {
       const int64_t n = batch.order[i];
-      if (!batch.usable(n)) continue;
+      const double w = batch.weight_of(i);
+      if (w == 0) continue;
       double pooled = 0;
       double sample_abs = 0;
       double sample_active = 0;
@@ -86,7 +92,6 @@ __global__ void class_stats_kernel(ClassState state, DeviceBatch<scalar_t> batch
         cell.max = fmaxf(cell.max, static_cast<float>(value));
       }
       if (real == 0) continue;
-      const double w = batch.weight ? batch.weight[n] : 1.0;
       pooled /= static_cast<double>(real);
       if (total_weight == 0) {
         const bool known = state.count[k] > 0 && state.mean;
@@ -118,11 +123,10 @@ __global__ void raise_counts_kernel(ClassState state, DeviceBatch<scalar_t> batc
   double weight = 0;
   double positions = 0;
   for (int64_t i = batch.offsets[k]; i < batch.offsets[k + 1]; ++i) {
-    const int64_t n = batch.order[i];
-    if (!batch.usable(n)) continue;
-    const int64_t real = batch.real_positions(n);
+    const double w = batch.weight_of(i);
+    if (w == 0) continue;
+    const int64_t real = batch.real_positions(batch.order[i]);
     if (real == 0) continue;
-    const double w = batch.weight ? batch.weight[n] : 1.0;
     weight += w;
     positions += w * static_cast<double>(real);
   }
@@ -170,13 +174,13 @@ void class_stats_cuda(const at::Tensor& count, const at::Tensor& positions,
                       const OptionalTensor& m2, const OptionalTensor& mean_abs,
                       const OptionalTensor& max, const OptionalTensor& active, const at::Tensor& x,
                       const at::Tensor& order, const at::Tensor& offsets,
-                      const OptionalTensor& weight, const OptionalTensor& mask,
-                      int64_t neuron_dim) {
+                      const OptionalTensor& share, const OptionalTensor& weight,
+                      const OptionalTensor& mask, int64_t neuron_dim) {
   const ClassState state = checked_state("class_stats_", "", count, positions, nonfinite, mean, m2,
                                          mean_abs, max, active);
   const c10::cuda::CUDAGuard guard(count.device());
   const ClassBatch batch =
-      checked_batch(state, count.device(), x, order, offsets, weight, mask, neuron_dim);
+      checked_batch(state, count.device(), x, order, offsets, share, weight, mask, neuron_dim);
   if (batch.samples == 0 || state.num_classes == 0) return;
 
   AT_DISPATCH_FLOATING_TYPES_AND2(
@@ -184,6 +188,7 @@ void class_stats_cuda(const at::Tensor& count, const at::Tensor& positions,
         const DeviceBatch<scalar_t> device{
             batch.x.const_data_ptr<scalar_t>(),
             batch.mask.defined() ? batch.mask.const_data_ptr<bool>() : nullptr,
+            batch.share.defined() ? batch.share.const_data_ptr<double>() : nullptr,
             batch.weight.defined() ? batch.weight.const_data_ptr<double>() : nullptr,
             order.const_data_ptr<int64_t>(),
             offsets.const_data_ptr<int64_t>(),

@@ -1,0 +1,26 @@
+// class_stats_ for any processor: class_stats_body.h in registers of 16 bytes.
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <iterator>
+#include <limits>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "ops/cpu/class_stats_job.h"
+#include "ops/cpu/elements.h"
+
+#define NSS_LANE_BYTES 16
+namespace neusemslice::cpu {
+namespace {
+#include "ops/cpu/lanes.h"
+// Written in terms of lanes.h, and therefore after it.
+#include "ops/cpu/class_stats_body.h"
+}  // namespace
+
+void accumulate_classes_portable(const ClassJob& job, int64_t first, int64_t last) {
+  accumulate(job, first, last);
+}
+}  // namespace neusemslice::cpu

@@ -1,0 +1,32 @@
+#pragma once
+
+// The 16-bit floating-point types as they lie in memory, free of torch.
+
+#include <bit>
+#include <cstdint>
+
+namespace neusemslice::cpu {
+
+struct Float16 {
+  static constexpr bool kBrain = false;
+  uint16_t bits;
+};
+
+struct BFloat16 {
+  static constexpr bool kBrain = true;
+  uint16_t bits;
+};
+
+inline double to_value(double x) { return x; }
+inline float to_value(float x) { return x; }
+inline float to_value(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
+inline float to_value(Float16 x) {
+  const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
+  const uint32_t rest = x.bits & 0x7fffu;
+  if (rest >= 0x7c00) return std::bit_cast<float>(sign | 0x7f800000u | (rest << 13));
+  // Multiplying by 2^112 moves the exponent from one bias to the other and normalises subnormals.
+  const float magnitude = std::bit_cast<float>(rest << 13) * 0x1p112f;
+  return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(magnitude));
+}
+
+}  // namespace neusemslice::cpu

@@ -1,0 +1,244 @@
+// Sixteen values side by side, whatever the width of the registers. Included inside a namespace of
+// each instruction set, after NSS_LANE_BYTES (16, 32 or 64) was defined: see class_stats_avx2.cpp.
+// There is no include guard, because the types differ from one inclusion to the next.
+//
+// Element i of a result depends on element i of the operands only, and no multiplication is fused
+// with an addition (-ffp-contract=off), so every width gives the same bits.
+
+#define NSS_INLINE inline __attribute__((always_inline))
+#define NSS_EACH(N, ...) unrolled<N>([&](auto i) __attribute__((always_inline)) { __VA_ARGS__; })
+
+// f(0), f(1), ..., f(N - 1) with constant arguments. A loop would do the same, but gcc would keep
+// the arrays that it indexes in memory.
+template <typename F, int... I>
+NSS_INLINE void unrolled(const F& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, typename F>
+NSS_INLINE void unrolled(const F& f) {
+  unrolled(f, std::make_integer_sequence<int, N>{});
+}
+
+template <typename V>
+struct Lanes {
+  using Integer = std::conditional_t<sizeof(V) == 8, int64_t, int32_t>;
+  typedef V Register __attribute__((vector_size(NSS_LANE_BYTES)));
+  typedef Integer Bits __attribute__((vector_size(NSS_LANE_BYTES)));
+  static constexpr int kWidth = NSS_LANE_BYTES / sizeof(V);
+  static constexpr int kRegisters = 16 / kWidth;
+
+  Register r[kRegisters];
+
+  static NSS_INLINE Lanes load(const V* p) {
+    Lanes a;
+    NSS_EACH(kRegisters, __builtin_memcpy(&a.r[i], p + i * kWidth, sizeof(Register)));
+    return a;
+  }
+  // The first `count`, and zeros.
+  static NSS_INLINE Lanes load(const V* p, int64_t count) {
+    if (count == 16) return load(p);
+    V padded[16] = {};
+    std::copy_n(p, count, padded);
+    return load(padded);
+  }
+  static NSS_INLINE Lanes all(V value) {
+    Lanes a;
+    NSS_EACH(kRegisters, a.r[i] = Register{} + value);
+    return a;
+  }
+  NSS_INLINE void store(V* p) const {
+    NSS_EACH(kRegisters, __builtin_memcpy(p + i * kWidth, &r[i], sizeof(Register)));
+  }
+  NSS_INLINE void store(V* p, int64_t count) const {
+    if (count == 16) return store(p);
+    V padded[16];
+    store(padded);
+    std::copy_n(padded, count, p);
+  }
+
+  NSS_INLINE Lanes operator+(const Lanes& b) const {
+    Lanes a;
+    NSS_EACH(kRegisters, a.r[i] = r[i] + b.r[i]);
+    return a;
+  }
+  NSS_INLINE Lanes operator-(const Lanes& b) const {
+    Lanes a;
+    NSS_EACH(kRegisters, a.r[i] = r[i] - b.r[i]);
+    return a;
+  }
+  NSS_INLINE Lanes operator*(const Lanes& b) const {
+    Lanes a;
+    NSS_EACH(kRegisters, a.r[i] = r[i] * b.r[i]);
+    return a;
+  }
+  NSS_INLINE Lanes operator*(V b) const {
+    Lanes a;
+    NSS_EACH(kRegisters, a.r[i] = r[i] * b);
+    return a;
+  }
+  NSS_INLINE Lanes operator/(V b) const {
+    Lanes a;
+    NSS_EACH(kRegisters, a.r[i] = r[i] / b);
+    return a;
+  }
+  NSS_INLINE void operator+=(const Lanes& b) { *this = *this + b; }
+  NSS_INLINE Lanes magnitude() const {
+    Lanes a;
+    NSS_EACH(kRegisters, a.r[i] = (Register)((Bits)r[i] & std::numeric_limits<Integer>::max()));
+    return a;
+  }
+  // The larger of the two; b's where one is not a number.
+  NSS_INLINE Lanes max(const Lanes& b) const {
+    Lanes a;
+    NSS_EACH(kRegisters, a.r[i] = r[i] > b.r[i] ? r[i] : b.r[i]);
+    return a;
+  }
+  // Halves are combined until one value is left, whole registers first.
+  NSS_INLINE V total() const {
+    return folded([](const auto& a, const auto& b)
+                      __attribute__((always_inline)) { return a + b; });
+  }
+  NSS_INLINE V largest() const {
+    return folded([](const auto& a, const auto& b)
+                      __attribute__((always_inline)) { return a > b ? a : b; });
+  }
+  NSS_INLINE Lanes zero_unless_finite() const {
+    Lanes a;
+    NSS_EACH(kRegisters, a.r[i] = (Register)((Bits)r[i] & (r[i] - r[i] == Register{})));
+    return a;
+  }
+  NSS_INLINE bool all_finite() const {
+    Bits finite = ~Bits{};
+    NSS_EACH(kRegisters, finite &= (r[i] - r[i] == Register{}));
+    return all_set(finite);
+  }
+  NSS_INLINE bool all_zero_or_within(V low, V high) const {
+    Bits within = ~Bits{};
+    NSS_EACH(kRegisters, within &= (r[i] == Register{}) | ((r[i] >= low) & (r[i] <= high)));
+    return all_set(within);
+  }
+
+ private:
+  template <typename F>
+  NSS_INLINE V folded(const F& f) const {
+    Lanes a = *this;
+    if constexpr (kRegisters >= 8) NSS_EACH(4, a.r[i] = f(a.r[i], a.r[i + 4]));
+    if constexpr (kRegisters >= 4) NSS_EACH(2, a.r[i] = f(a.r[i], a.r[i + 2]));
+    if constexpr (kRegisters >= 2) a.r[0] = f(a.r[0], a.r[1]);
+    V v[kWidth];
+    __builtin_memcpy(v, &a.r[0], sizeof(v));
+    if constexpr (kWidth >= 16) NSS_EACH(8, v[i] = f(v[i], v[i + 8]));
+    if constexpr (kWidth >= 8) NSS_EACH(4, v[i] = f(v[i], v[i + 4]));
+    if constexpr (kWidth >= 4) NSS_EACH(2, v[i] = f(v[i], v[i + 2]));
+    return f(v[0], v[1]);
+  }
+  static NSS_INLINE bool all_set(const Bits& bits) {
+    int64_t words[NSS_LANE_BYTES / 8];
+    __builtin_memcpy(words, &bits, sizeof(bits));
+    int64_t all = -1;
+    for (const int64_t word : words) all &= word;
+    return all == -1;
+  }
+};
+
+// How many values of each lane were positive.
+template <typename V>
+struct Counts {
+  typename Lanes<V>::Bits r[Lanes<V>::kRegisters] = {};
+
+  NSS_INLINE void add_positive(const Lanes<V>& a) {
+    NSS_EACH(Lanes<V>::kRegisters, r[i] -= (a.r[i] > typename Lanes<V>::Register{}));
+  }
+  NSS_INLINE Lanes<V> values() const {
+    Lanes<V> a;
+    NSS_EACH(Lanes<V>::kRegisters,
+             a.r[i] = __builtin_convertvector(r[i], typename Lanes<V>::Register));
+    return a;
+  }
+};
+
+// Conversions are spelled out, because gcc splits __builtin_convertvector between widths into
+// pieces of two.
+
+NSS_INLINE Lanes<double> widen(const Lanes<double>& a) { return a; }
+NSS_INLINE Lanes<double> widen(const Lanes<float>& a) {
+  using Wide [[maybe_unused]] = Lanes<double>::Register;
+  Lanes<double> w;
+#if NSS_LANE_BYTES == 64
+  w.r[0] = (Wide)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)a.r[0]));
+  w.r[1] = (Wide)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)a.r[0], 1));
+#elif NSS_LANE_BYTES == 32
+  NSS_EACH(2, w.r[2 * i] = (Wide)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)a.r[i]));
+           w.r[2 * i + 1] = (Wide)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)a.r[i], 1)));
+#else
+  NSS_EACH(8, w.r[i] = (Wide{a.r[i / 2][i % 2 * 2], a.r[i / 2][i % 2 * 2 + 1]}));
+#endif
+  return w;
+}
+
+template <typename V>
+NSS_INLINE Lanes<V> narrow(const Lanes<double>& a) {
+  if constexpr (std::is_same_v<V, double>) {
+    return a;
+  } else {
+    using Narrow [[maybe_unused]] = Lanes<float>::Register;
+    Lanes<float> n;
+#if NSS_LANE_BYTES == 64
+    n.r[0] = (Narrow)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)a.r[0])),
+                                        _mm512_cvtpd_ps((__m512d)a.r[1]), 1);
+#elif NSS_LANE_BYTES == 32
+    NSS_EACH(2, n.r[i] = (Narrow)_mm256_insertf128_ps(
+                    _mm256_castps128_ps256(_mm256_cvtpd_ps((__m256d)a.r[2 * i])),
+                    _mm256_cvtpd_ps((__m256d)a.r[2 * i + 1]), 1));
+#else
+    float values[16];
+    double wide[16];
+    a.store(wide);
+    for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(wide[i]);
+    n = Lanes<float>::load(values);
+#endif
+    return n;
+  }
+}
+
+// Sixteen elements in the type that they are computed in.
+NSS_INLINE Lanes<double> load_lanes(const double* p) { return Lanes<double>::load(p); }
+NSS_INLINE Lanes<float> load_lanes(const float* p) { return Lanes<float>::load(p); }
+template <typename Half>
+NSS_INLINE Lanes<float> load_lanes(const Half* p) {
+  using Values [[maybe_unused]] = Lanes<float>::Register;
+  Lanes<float> a;
+#if NSS_LANE_BYTES == 64
+  const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if constexpr (Half::kBrain) {
+    a.r[0] = (Values)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
+  } else {
+    a.r[0] = (Values)_mm512_cvtph_ps(raw);
+  }
+#elif NSS_LANE_BYTES == 32
+  NSS_EACH(
+      2, const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8 * i));
+      if constexpr (Half::kBrain) {
+        a.r[i] = (Values)_mm256_slli_epi32(_mm256_cvtepu16_epi32(raw), 16);
+      } else { a.r[i] = (Values)_mm256_cvtph_ps(raw); });
+#else
+  float values[16];
+  for (int i = 0; i < 16; ++i) values[i] = to_value(p[i]);
+  a = Lanes<float>::load(values);
+#endif
+  return a;
+}
+
+// The same, in double.
+template <typename T>
+NSS_INLINE Lanes<double> load_wide(const T* p) {
+#if NSS_LANE_BYTES == 32
+  // Converting from memory costs one instruction less than from half a register.
+  if constexpr (std::is_same_v<T, float>) {
+    Lanes<double> w;
+    NSS_EACH(4, w.r[i] = (Lanes<double>::Register)_mm256_cvtps_pd(_mm_loadu_ps(p + 4 * i)));
+    return w;
+  }
+#endif
+  return widen(load_lanes(p));
+}
