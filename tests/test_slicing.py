@@ -171,6 +171,7 @@ class TestRefusals:
             with pytest.raises(ValueError, match=r"threshold must lie in \(0, 1\], got"):
                 nss.slice(profile, "avg", bad)
 
+    @pytest.mark.filterwarnings("ignore:profile. NaN or infinite:RuntimeWarning")
     def test_nonfinite_activations(self):
         model = settled(Mlp(), 12)
         with torch.no_grad():

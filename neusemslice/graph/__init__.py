@@ -7,7 +7,9 @@ from neusemslice.graph.model import (
     fingerprint,
     is_compiled,
     logits_of,
+    reset_compiler,
     tensors_in,
+    unwrapped,
 )
 from neusemslice.graph.sites import Graph, Group, Layer, Reader, Site, Span
 from neusemslice.graph.trace import dependency_graph, trace
@@ -26,6 +28,8 @@ __all__ = [
     "fingerprint",
     "is_compiled",
     "logits_of",
+    "reset_compiler",
     "tensors_in",
     "trace",
+    "unwrapped",
 ]

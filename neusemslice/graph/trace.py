@@ -104,8 +104,12 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
         ValueError: if the model has no convolution or linear layer that another one reads.
         TypeError: if it returns no logits.
     """
-    inputs = inputs.to(device_of(model))
-    with evaluation(model, requires_grad=True), torch.enable_grad():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        evaluation(model, requires_grad=True),
+    ):
+        inputs = inputs.to(device_of(model)).normal()
         calls, num_outputs = _run(model, inputs)
         dependencies, roots = _dependencies(model, inputs)
         probe = Probe(model, inputs, {layer: _out_features(layer) for layer in calls})

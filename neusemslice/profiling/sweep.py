@@ -46,11 +46,16 @@ def profile(
     The loss is summed over the batch, so that each sample's gradient is its own. No activation is
     kept beyond its batch, and the model is left as it was, whatever happens.
 
+    A value that is NaN or infinite enters no statistic but ``Profile.nonfinite()``, which counts
+    them per site; at the end a ``RuntimeWarning`` names the sites and counts.
+
     Args:
         model: returns logits ``[N, K]``, has ``.logits``, or returns a tuple that starts with them.
-        loader: gives batches ``(x, …, labels)`` or mappings with "labels"; labels are integers in
-            ``[0, K)``, or -100 for samples to ignore: ``[N]``, or ``[N, T]`` for one per token. An
-            "attention_mask" in a mapping is the mask of its real tokens.
+        loader: gives batches ``(x, …, labels)``, or mappings or dataclasses with "labels" whose
+            other items are the model's keyword arguments. Labels are tensors, lists or arrays of
+            integers in ``[0, K)``, or -100 for samples to ignore: ``[N]``, or ``[N, T]`` for one
+            per token; or floating-point ``[N, K]``: how much each sample belongs to each class.
+            An "attention_mask" among the keyword arguments is the mask of the real tokens.
         metrics: among ``METRICS``; see ``neusemslice.slicing.scores``.
         num_classes: ``K``; by default the number of the model's outputs.
         class_names: ``K`` names; by default "0", "1", ….
@@ -64,11 +69,14 @@ def profile(
 
     Raises:
         ValueError, TypeError: for an unknown metric, a pattern that matches no site, a loader that
-            yields nothing, labels or batches of another form, labels out of range, or a checkpoint
-            of another sweep.
+            yields nothing, labels or batches of another form, a model that returns no logits, or a
+            checkpoint of another sweep. For labels out of range, naming the batch and the label;
+            where labels are on a GPU, at the next checkpoint or the end, with their number.
     """
     if unknown := [metric for metric in metrics if metric not in METRICS]:
         raise ValueError(f"profile: metrics must be among {METRICS}, got {tuple(unknown)}")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module  # the wrapper's forward pass would wait for the other ranks
     device = device_of(model)
     gradients = "taylor" in metrics
     loss = loss or _cross_entropy
@@ -79,9 +87,8 @@ def profile(
         torch.set_grad_enabled(gradients),
     ):
         last_saved = time.monotonic()
-        seen = 0
         for number, (inputs, y) in enumerate(
-            batches(track(loader, "profile"), "profile", device, labels)
+            batches(track(loader, "profile"), "profile", labels, soft=True)
         ):
             if profiler is None:
                 profiler = Profiler(
@@ -94,16 +101,17 @@ def profile(
                 )
                 stack.enter_context(profiler)
                 if checkpoint is not None and Path(checkpoint).exists():
-                    seen = _continue(checkpoint, profiler.profile)
-            if number < seen:
+                    profiler.batches = _continue(checkpoint, profiler.profile)
+            if number < profiler.batches:
                 continue
             with profiler.batch(y, inputs.kwargs.get("attention_mask")):
-                output = inputs.run(model)
+                output = inputs.to(device).run(model)
                 if gradients:
                     total = loss(output, y.to(device, non_blocking=True)).sum()
                     torch.autograd.grad(total, profiler.seen(), allow_unused=True)
             if checkpoint is not None and time.monotonic() - last_saved >= CHECKPOINT_SECONDS:
-                _save(checkpoint, profiler.profile, number + 1)
+                profiler.check()
+                _save(checkpoint, profiler.profile, profiler.batches)
                 last_saved = time.monotonic()
     assert profiler is not None
     if checkpoint is not None:
@@ -131,5 +139,6 @@ def _continue(path: str | os.PathLike[str], found: Profile) -> int:
 
 
 def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
-    logits = logits_of(output)
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+    logits = logits_of(output).flatten(0, -2)
+    target = labels.to(logits.dtype) if labels.is_floating_point() else labels.flatten()
+    return F.cross_entropy(logits, target, reduction="sum")
