@@ -6,7 +6,7 @@ import copy
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,6 +132,14 @@ def reset_compiler() -> None:
     """
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Inside the block, compiled modules run as they were written."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return eager
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

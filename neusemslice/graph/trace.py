@@ -34,6 +34,7 @@ from neusemslice.graph.model import (
     fingerprint,
     logits_of,
     tensors_in,
+    uncompiled,
 )
 from neusemslice.graph.probe import Probe, mixes_neurons
 from neusemslice.graph.sites import Graph, Group, Layer, Reader, Site, Span
@@ -107,6 +108,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
+        uncompiled(),
         evaluation(model, requires_grad=True),
     ):
         inputs = inputs.to(device_of(model)).normal()

@@ -43,7 +43,7 @@ def batches(
     index = -1
     for index, batch in enumerate(loader):
         where = f"{caller}: batch {index}"
-        inputs, raw = _take_apart(batch, where, labels_of)
+        inputs, raw = take_apart(batch, where, labels_of)
         yield inputs, as_labels(raw, where, soft=soft)
     if index < 0:
         raise ValueError(f"{caller}: the loader yielded no batch")
@@ -61,29 +61,27 @@ def first_inputs(loader: Iterable[Any], caller: str, device: torch.device) -> In
         if (named := _named(batch)) is not None:
             unlabelled = {k: v for k, v in named.items() if k not in _LABEL_KEYS}
             return Inputs(kwargs=unlabelled).to(device)
-        return _take_apart(batch, f"{caller}: batch 0", None)[0].to(device)
+        return take_apart(batch, f"{caller}: batch 0", None)[0].to(device)
     raise ValueError(f"{caller}: the loader yielded no batch")
 
 
-def labelled_inputs(
-    named: Mapping[str, Any], where: str, labels_of: LabelsOf | None = None
-) -> tuple[Inputs, Any]:
-    """Keyword arguments without the labels among them, and the labels.
+def label_key(named: Mapping[str, Any]) -> str | None:
+    """Under which name the labels are, if they are there."""
+    return next((key for key in _LABEL_KEYS if key in named), None)
+
+
+def take_apart(batch: Any, where: str, labels_of: LabelsOf | None) -> tuple[Inputs, Any]:
+    """Inputs and labels of a batch, as ``batches`` gives them.
 
     Raises:
-        TypeError: if there are none.
+        TypeError: if it has none of the known forms.
     """
-    key = next((k for k in _LABEL_KEYS if k in named), None)
-    if key is None and labels_of is None:
-        raise TypeError(f"{where} has no key 'labels' or 'label', only {list(named)}")
-    raw = named[str(key)] if labels_of is None else labels_of(named)
-    return Inputs(kwargs={k: v for k, v in named.items() if k != key}), raw
-
-
-def _take_apart(batch: Any, where: str, labels_of: LabelsOf | None) -> tuple[Inputs, Any]:
     if (named := _named(batch)) is not None:
-        of_batch = None if labels_of is None else lambda _: labels_of(batch)
-        return labelled_inputs(named, where, of_batch)
+        key = label_key(named)
+        if key is None and labels_of is None:
+            raise TypeError(f"{where} has no key 'labels' or 'label', only {list(named)}")
+        raw = named[str(key)] if labels_of is None else labels_of(batch)
+        return Inputs(kwargs={k: v for k, v in named.items() if k != key}), raw
     if labels_of is not None:
         args = tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
         return Inputs(args), labels_of(batch)

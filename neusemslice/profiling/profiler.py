@@ -130,19 +130,28 @@ class Profiler:
         traceback: TracebackType | None,
     ) -> None:
         self._remove()
-        if kind is not None:
-            return
-        self.check()
+        if kind is None:
+            self.conclude()
+
+    def conclude(self) -> None:
+        """Says what could not be said while observing; leaving the profiler does it too.
+
+        Waits for the device.
+
+        Raises:
+            ValueError: if labels were out of range.
+        """
+        self.check_labels()
         if bad := self.profile.nonfinite():
             sites = ", ".join(f"{name} ({count:,})" for name, count in bad.items())
             warnings.warn(
                 f"profile: NaN or infinite values were left out of the statistics of {sites}",
                 RuntimeWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
-    def check(self) -> None:
-        """Waits for the device and looks whether all labels so far were counted.
+    def check_labels(self) -> None:
+        """Looks whether all labels so far were counted; waits for the device.
 
         Raises:
             ValueError: if some were out of range.

@@ -110,7 +110,7 @@ def profile(
                     total = loss(output, y.to(device, non_blocking=True)).sum()
                     torch.autograd.grad(total, profiler.seen(), allow_unused=True)
             if checkpoint is not None and time.monotonic() - last_saved >= CHECKPOINT_SECONDS:
-                profiler.check()
+                profiler.check_labels()
                 _save(checkpoint, profiler.profile, profiler.batches)
                 last_saved = time.monotonic()
     assert profiler is not None
