@@ -11,6 +11,7 @@ from neusemslice.graph.model import (
     tensors_in,
     unwrapped,
 )
+from neusemslice.graph.sharding import is_sharded, smallest
 from neusemslice.graph.sites import Graph, Group, Layer, Reader, Site, Span
 from neusemslice.graph.trace import dependency_graph, trace
 
@@ -27,8 +28,10 @@ __all__ = [
     "evaluation",
     "fingerprint",
     "is_compiled",
+    "is_sharded",
     "logits_of",
     "reset_compiler",
+    "smallest",
     "tensors_in",
     "trace",
     "unwrapped",

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from neusemslice.graph.sharding import reshard
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -29,9 +31,14 @@ class Inputs:
         """The same with every tensor on ``device``."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    @property
+    def samples(self) -> int:
+        """Size of the batch: that of the first tensor with a dimension."""
+        return next((t.shape[0] for t in tensors_in([*self.args, self.kwargs]) if t.ndim), 0)
+
     def head(self, samples: int) -> Inputs:
-        """The first ``samples`` of the batch, whose size is that of the first tensor."""
-        size = next((t.shape[0] for t in tensors_in([*self.args, self.kwargs]) if t.ndim), 0)
+        """The first ``samples`` of the batch."""
+        size = self.samples
 
         def cut(tensor: Tensor) -> Tensor:
             return tensor[:samples] if tensor.ndim and tensor.shape[0] == size else tensor
@@ -162,6 +169,7 @@ def evaluation(model: nn.Module, *, requires_grad: bool | None = None) -> Iterat
 
     With ``requires_grad`` every floating-point parameter has that flag inside the block.
     """
+    reshard(model)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
@@ -172,6 +180,7 @@ def evaluation(model: nn.Module, *, requires_grad: bool | None = None) -> Iterat
                     parameter.requires_grad_(requires_grad)
         yield
     finally:
+        reshard(model)
         for module, mode in modes:
             module.training = mode
         for parameter, flag in flags:

@@ -37,6 +37,7 @@ from neusemslice.graph.model import (
     uncompiled,
 )
 from neusemslice.graph.probe import Probe, mixes_neurons
+from neusemslice.graph.sharding import same_inputs
 from neusemslice.graph.sites import Graph, Group, Layer, Reader, Site, Span
 
 _LAYERS = (_ConvNd, nn.Linear)
@@ -99,7 +100,9 @@ def _dependencies(
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Graph:
-    """Finds the sites of a model by running it once on ``inputs``; the model is left as it was.
+    """Finds the sites of a model by running it on ``inputs``; the model is left as it was.
+
+    Ranks that share a sharded model trace it together, on the inputs of the first of them.
 
     Raises:
         ValueError: if the model has no convolution or linear layer that another one reads.
@@ -111,7 +114,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
         uncompiled(),
         evaluation(model, requires_grad=True),
     ):
-        inputs = inputs.to(device_of(model)).normal()
+        inputs = same_inputs(model, inputs).to(device_of(model)).normal()
         calls, num_outputs = _run(model, inputs)
         dependencies, roots = _dependencies(model, inputs)
         probe = Probe(model, inputs, {layer: _out_features(layer) for layer in calls})

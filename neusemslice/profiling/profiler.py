@@ -18,7 +18,16 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from neusemslice.graph import Graph, Inputs, Site, device_of, reset_compiler, trace, unwrapped
+from neusemslice.graph import (
+    Graph,
+    Inputs,
+    Site,
+    device_of,
+    is_sharded,
+    reset_compiler,
+    trace,
+    unwrapped,
+)
 from neusemslice.ops import ClassOrder, class_order, class_stats_
 from neusemslice.profiling.batching import as_labels
 from neusemslice.profiling.profile import METRICS, Profile
@@ -166,8 +175,12 @@ class Profiler:
         reset_compiler()
         for name in self._observed:
             module = self._model.get_submodule(name)
-            hook = self._hook(name)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            # A sharded module gives its input a node of its own in autograd's graph, which only
+            # its own part of the gradient would reach.
+            handle = module.register_forward_pre_hook(
+                self._hook(name), with_kwargs=True, prepend=is_sharded(module)
+            )
+            self._handles.append(handle)
 
     def _remove(self) -> None:
         for handle in self._handles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from neusemslice import _files
 from neusemslice._progress import track
-from neusemslice.graph import device_of, evaluation, logits_of
+from neusemslice.graph import device_of, evaluation, logits_of, smallest
 from neusemslice.profiling.batching import LabelsOf, batches
 from neusemslice.profiling.profile import METRICS, Profile
 from neusemslice.profiling.profiler import Profiler
@@ -46,6 +47,10 @@ def profile(
     The loss is summed over the batch, so that each sample's gradient is its own. No activation is
     kept beyond its batch, and the model is left as it was, whatever happens.
 
+    Among several processes each profiles its own share; ``Profile.all_reduce`` merges them. Ranks
+    that share a sharded model (FSDP2) run it together, so each must have equally many batches,
+    though of any size; otherwise those that have more wait for the others forever.
+
     A value that is NaN or infinite enters no statistic but ``Profile.nonfinite()``, which counts
     them per site; at the end a ``RuntimeWarning`` names the sites and counts.
 
@@ -65,7 +70,7 @@ def profile(
         checkpoint: a file that keeps the work so far, written atomically about every half minute.
             If it exists, the sweep continues behind it, and ends with the same bits as one that
             was not interrupted; the loader must give the same batches in the same order. It is
-            removed at the end.
+            removed at the end. Each rank needs a file of its own.
 
     Raises:
         ValueError, TypeError: for an unknown metric, a pattern that matches no site, a loader that
@@ -87,6 +92,8 @@ def profile(
         torch.set_grad_enabled(gradients),
     ):
         last_saved = time.monotonic()
+        seen = 0  # batches in the checkpoint
+        saved: dict[str, Tensor] = {}
         for number, (inputs, y) in enumerate(
             batches(track(loader, "profile"), "profile", labels, soft=True)
         ):
@@ -100,8 +107,13 @@ def profile(
                     sites=sites,
                 )
                 stack.enter_context(profiler)
-                if checkpoint is not None and Path(checkpoint).exists():
-                    profiler.batches = _continue(checkpoint, profiler.profile)
+                if checkpoint is not None:
+                    seen = _continue(checkpoint, profiler.profile)
+                    # Ranks that share a model run it together, so all go back to the one that was
+                    # interrupted first, and the others forget what they see twice.
+                    profiler.batches = smallest(model, seen)
+                    if profiler.batches < seen:
+                        saved = copy.deepcopy(profiler.profile.state_dict())
             if number < profiler.batches:
                 continue
             with profiler.batch(y, inputs.kwargs.get("attention_mask")):
@@ -109,6 +121,9 @@ def profile(
                 if gradients:
                     total = loss(output, y.to(device, non_blocking=True)).sum()
                     torch.autograd.grad(total, profiler.seen(), allow_unused=True)
+            if number < seen:
+                profiler.profile.load_state_dict(saved)
+                continue
             if checkpoint is not None and time.monotonic() - last_saved >= CHECKPOINT_SECONDS:
                 profiler.check_labels()
                 _save(checkpoint, profiler.profile, profiler.batches)
@@ -126,6 +141,8 @@ def _save(path: str | os.PathLike[str], found: Profile, batches_seen: int) -> No
 
 def _continue(path: str | os.PathLike[str], found: Profile) -> int:
     """Fills the empty profile from a checkpoint; returns the number of batches in it."""
+    if not Path(path).exists():
+        return 0
     saved, batches_seen = _files.read(
         path,
         "checkpoint",
