@@ -63,6 +63,48 @@ def test_equals_all_activations_at_once(name):
         )
 
 
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_a_stream_equals_one_batch_in_float64(dtype, rtol):
+    """The state of a stream of ragged batches, against all activations at once."""
+    model = settled(Mlp(), 12).to(dtype)
+    batches = [(x.to(dtype), y) for x, y in VECTORS]
+    x, y = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
+    hidden = {"first": model.first(x).relu()}
+    hidden["second"] = model.second(hidden["first"]).relu()
+    profile = nss.profile(model, batches, ("avg", "var"))
+    for name, a in hidden.items():
+        expected = reference.class_stats(a.detach(), y, 4)
+        for statistic, tensor in profile.activations[name].tensors().items():
+            if statistic != "nonfinite":
+                torch.testing.assert_close(
+                    tensor.double(), getattr(expected, statistic), rtol=rtol, atol=rtol * 0.1
+                )
+
+
+def test_a_mean_far_from_zero():
+    model = nn.Sequential(nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(5))
+        model[0].bias.fill_(10_000)
+    x, y = torch.randn(4000, 5), torch.arange(4000) % 2
+    profile = nss.profile(model, zip(x.split(64), y.split(64), strict=True), ("var",))
+    a = model[0](x).detach().double()
+    expected = torch.stack([a[y == k].var(0, correction=0) for k in range(2)])
+    torch.testing.assert_close(profile.activations["0"].variance(), expected, rtol=1e-3, atol=0)
+
+
+def test_an_absent_class_and_one_of_a_single_sample():
+    model, x = settled(Mlp(), 12), torch.randn(3, 12)
+    profile = nss.profile(model, [(x, [0, 2, 0])])
+    stats = profile.activations["first"]
+    assert profile.samples.tolist() == [2, 0, 1, 0]
+    hidden = model.first(x).relu().detach()
+    torch.testing.assert_close(stats.mean[2].float(), hidden[1])
+    assert (stats.variance()[1:] == 0).all()
+    assert (stats.mean[[1, 3]] == 0).all()
+    assert (stats.max[[1, 3]] == -torch.inf).all()
+
+
 def test_any_batch_split_gives_the_same():
     model = settled(IMAGES["residual"](), 1, 8, 8)
     x, y = torch.cat([b[0] for b in BATCHES]), torch.cat([b[1] for b in BATCHES])
@@ -229,6 +271,8 @@ def test_a_custom_loss_and_class_count():
         def forward(self, x):
             return self.head(self.first(x).relu())
 
+    with pytest.raises(ValueError, match="of 5 classes is not defined for a model with 1 outputs"):
+        nss.profile(Regression(), VECTORS, num_classes=5)
     profile = nss.profile(
         Regression(),
         VECTORS,

@@ -316,6 +316,18 @@ class TestApplied:
         torch.testing.assert_close(model(x), plain)
         torch.compiler.reset()
 
+    def test_a_wrapper_that_was_compiled_before_is_masked_too(self):
+        model, slicing = made()
+        x = torch.randn(3, 1, 8, 8)
+        compiled = torch.compile(model, backend="aot_eager")
+        plain = compiled(x)
+        with slicing.critical_slice([0]).applied(model):
+            expected = model(x)
+            torch.testing.assert_close(compiled(x), expected)
+        assert not torch.allclose(expected, plain)
+        torch.testing.assert_close(compiled(x), plain)
+        torch.compiler.reset()
+
     def test_another_model_is_refused(self):
         _, slicing = made()
         with (

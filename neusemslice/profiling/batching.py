@@ -131,3 +131,18 @@ def as_labels(raw: Any, where: str, *, soft: bool = False) -> Tensor:
     if labels.ndim not in (1, 2):
         raise ValueError(f"{where}: labels must be {expected}, got {got}")
     return labels.long()
+
+
+def as_mask(mask: Tensor, labels: torch.Size, where: str) -> Tensor:
+    """A mask over tokens as bool, for labels of a shape ``[N]`` or ``[N, T]``.
+
+    Raises:
+        TypeError, ValueError: if it is floating-point, or does not fit the labels.
+    """
+    if mask.ndim != 2 or mask.shape[: len(labels)] != labels[: mask.ndim]:
+        raise ValueError(
+            f"{where}: mask must be bool [N, T] for labels {list(labels)}, got {list(mask.shape)}"
+        )
+    if mask.dtype.is_floating_point:
+        raise TypeError(f"{where}: mask must be bool or integer [N, T], got {mask.dtype}")
+    return mask.bool()

@@ -29,7 +29,7 @@ from neusemslice.graph import (
     unwrapped,
 )
 from neusemslice.ops import ClassOrder, class_order, class_stats_
-from neusemslice.profiling.batching import as_labels
+from neusemslice.profiling.batching import as_labels, as_mask
 from neusemslice.profiling.profile import METRICS, Profile
 
 
@@ -61,10 +61,13 @@ class Profiler:
 
     Hooks are there between entering and leaving the profiler; ``batch`` alone installs them for
     its own block. The compiler is reset whenever hooks come or go, because compiled code would
-    ignore them. Nothing in a batch waits for the device. Leaving does, once, for what could not be
-    said before: it warns of sites with NaN or infinite values (``RuntimeWarning``; they were
-    counted in ``Profile.nonfinite()`` and entered no other statistic), and refuses a profile that
-    lacks samples.
+    ignore them. Statistics are operators within the compiled graph (``fullgraph=True`` works);
+    "taylor" breaks it at each site.
+
+    Nothing in a batch waits for the device. Leaving does, once, for what could not be said before:
+    it warns of sites with NaN or infinite values (``RuntimeWarning``; they were counted in
+    ``Profile.nonfinite()`` and entered no other statistic), and refuses a profile that lacks
+    samples because their labels were out of range.
 
     Args:
         model: what to observe; it is left as it was. Sites of a model that is wrapped by
@@ -83,8 +86,7 @@ class Profiler:
     Raises:
         TypeError: if the model returns no logits.
         ValueError: for an unknown metric, a pattern that matches no site, or not ``K`` names; on
-            leaving, if labels on a GPU were out of range (elsewhere ``batch`` says so) or none of
-            the labelled samples was seen at any site.
+            leaving, if labels on a GPU were out of range (``batch`` says so of others).
     """
 
     def __init__(
@@ -223,6 +225,10 @@ class Profiler:
                 self._contribute(batch)
         finally:
             self._batch = None
+            # An activation holds its hook, which holds the batch: a cycle through autograd, which
+            # the garbage collector does not see.
+            batch.seen.clear()
+            batch.gradients.clear()
             if not installed:
                 self._remove()
 
@@ -241,7 +247,7 @@ class Profiler:
             raise ValueError(f"{where}: soft labels must be finite and not negative")
         shape = y.shape[:1] if soft else y.shape
         if mask is not None:
-            mask = _checked_mask(mask, shape, where)
+            mask = as_mask(mask, shape, where)
         if weights is not None and weights.shape != shape[:1]:
             raise ValueError(
                 f"{where}: weights must have shape [{shape[0]}], got {list(weights.shape)}"
@@ -375,16 +381,6 @@ def _view(site: Site, x: Tensor, batch: _Batch) -> _View:
     if mask is not None and reader.repeat > 1:
         mask = mask.unsqueeze(-1).expand(*mask.shape, reader.repeat)
     return _View(reader.take(x, site.neurons), mask)
-
-
-def _checked_mask(mask: Tensor, labels: torch.Size, where: str) -> Tensor:
-    if mask.ndim != 2 or mask.shape[: len(labels)] != labels[: mask.ndim]:
-        raise ValueError(
-            f"{where}: mask must be bool [N, T] for labels {list(labels)}, got {list(mask.shape)}"
-        )
-    if mask.dtype.is_floating_point:
-        raise TypeError(f"{where}: mask must be bool or integer [N, T], got {mask.dtype}")
-    return mask.bool()
 
 
 def _select(graph: Graph, patterns: Sequence[str] | None) -> Graph:

@@ -106,6 +106,8 @@ def profile(
                     class_names=class_names,
                     sites=sites,
                 )
+                if gradients and loss is _cross_entropy:
+                    _check_outputs(profiler.profile)
                 stack.enter_context(profiler)
                 if checkpoint is not None:
                     seen = _continue(checkpoint, profiler.profile)
@@ -118,9 +120,9 @@ def profile(
                 continue
             with profiler.batch(y, inputs.kwargs.get("attention_mask")):
                 output = inputs.to(device).run(model)
-                if gradients:
+                if gradients and (activations := profiler.seen()):
                     total = loss(output, y.to(device, non_blocking=True)).sum()
-                    torch.autograd.grad(total, profiler.seen(), allow_unused=True)
+                    torch.autograd.grad(total, activations, allow_unused=True)
             if number < seen:
                 profiler.profile.load_state_dict(saved)
                 continue
@@ -155,7 +157,24 @@ def _continue(path: str | os.PathLike[str], found: Profile) -> int:
     return batches_seen
 
 
+def _check_outputs(found: Profile) -> None:
+    if found.num_classes > found.graph.num_outputs:
+        raise ValueError(
+            f"profile: the cross-entropy of {found.num_classes} classes is not defined for a model "
+            f"with {found.graph.num_outputs} outputs; give the loss"
+        )
+
+
 def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
-    logits = logits_of(output).flatten(0, -2)
-    target = labels.to(logits.dtype) if labels.is_floating_point() else labels.flatten()
+    answer = logits_of(output)
+    logits, soft = answer.flatten(0, -2), labels.is_floating_point()
+    target = labels.to(logits.dtype) if soft else labels.flatten()
+    if not soft:
+        # Out of range on a GPU: the profiler says so at the end, the loss would end the process.
+        target = target.where((target >= 0) & (target < logits.shape[1]), -100)
+    if len(logits) != len(target) or (soft and logits.shape != target.shape):
+        raise ValueError(
+            f"profile: the model answers {list(answer.shape)} to labels {list(labels.shape)}, and "
+            "their cross-entropy is not defined; give the loss"
+        )
     return F.cross_entropy(logits, target, reduction="sum")
