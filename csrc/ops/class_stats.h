@@ -18,11 +18,12 @@
 //   positions. A sample of weight or share 0, without a class, or without a position left is
 //   skipped; otherwise it enters with the product of the two. A value that is not finite is counted
 //   in `nonfinite` (once per class of its sample) and enters the sums as 0 and the maximum not at
-//   all. Sums are taken in a fixed order, so the result has the same bits each time, at any
-//   number of threads and on any CPU. They are in float64, except that the CPU kernel adds up to
-//   eight rows of float32, float16 or bfloat16 in float32 first: absolute values, squared
-//   deviations from a value near the mean, and bfloat16's plain sum. `mean` is thereby exact to
-//   float64 rounding (bfloat16: 2^-24 of the largest value), `m2` to about 1e-7.
+//   all. Sums are taken in a fixed order, so the result has the same bits each time, at any number
+//   of threads and on any CPU. They are in float64, except that the CPU kernel adds float32,
+//   float16 and bfloat16 in float32 first: up to eight rows as deviations from a value near the
+//   mean, up to sixteen values of a plane as they are. That costs `mean` about 1e-7 of the standard
+//   deviation (planes: of the mean absolute value) and `m2` about 1e-7 of itself, (1 + z^2) times
+//   that where a class is new and its first value lies z standard deviations from its mean.
 //
 // class_stats_merge_: adds the state `other` to a state; the empty state is neutral.
 //

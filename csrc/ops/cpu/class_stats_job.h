@@ -1,6 +1,6 @@
 #pragma once
 
-// What class_stats_ hands to its inner loops, free of torch. The loops lie in class_stats_body.h,
+// What class_stats_ hands to its loops, free of torch. They lie in class_stats_body.h,
 // which is compiled once per instruction set.
 
 #include <cstdint>

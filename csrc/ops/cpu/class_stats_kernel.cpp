@@ -2,7 +2,7 @@
 //
 // A thread owns a range of neurons and walks through all classes and samples for it, so no two
 // threads write to one address and the order of every sum is that of the samples. The loops
-// themselves are in class_stats_body.h.
+// themselves are in class_stats_body.h and class_stats_sums.h.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>

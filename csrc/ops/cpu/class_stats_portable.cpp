@@ -16,7 +16,9 @@
 namespace neusemslice::cpu {
 namespace {
 #include "ops/cpu/lanes.h"
-// Written in terms of lanes.h, and therefore after it.
+// Each in terms of the one before.
+#include "ops/cpu/class_stats_sums.h"
+
 #include "ops/cpu/class_stats_body.h"
 }  // namespace
 

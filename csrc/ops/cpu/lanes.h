@@ -102,6 +102,16 @@ struct Lanes {
     return folded([](const auto& a, const auto& b)
                       __attribute__((always_inline)) { return a > b ? a : b; });
   }
+  NSS_INLINE Lanes without_first(int64_t count) const {
+    static constexpr Integer kKept[32] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                                          0,  0,  0,  0,  0,  -1, -1, -1, -1, -1, -1,
+                                          -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+    Lanes a;
+    NSS_EACH(kRegisters, Bits kept;
+             __builtin_memcpy(&kept, kKept + 16 - count + i * kWidth, sizeof(kept));
+             a.r[i] = (Register)((Bits)r[i] & kept));
+    return a;
+  }
   NSS_INLINE Lanes zero_unless_finite() const {
     Lanes a;
     NSS_EACH(kRegisters, a.r[i] = (Register)((Bits)r[i] & (r[i] - r[i] == Register{})));
@@ -112,9 +122,9 @@ struct Lanes {
     NSS_EACH(kRegisters, finite &= (r[i] - r[i] == Register{}));
     return all_set(finite);
   }
-  NSS_INLINE bool all_zero_or_within(V low, V high) const {
+  NSS_INLINE bool all_within(V low, V high) const {
     Bits within = ~Bits{};
-    NSS_EACH(kRegisters, within &= (r[i] == Register{}) | ((r[i] >= low) & (r[i] <= high)));
+    NSS_EACH(kRegisters, within &= (r[i] >= low) & (r[i] <= high));
     return all_set(within);
   }
 
@@ -176,28 +186,33 @@ NSS_INLINE Lanes<double> widen(const Lanes<float>& a) {
   return w;
 }
 
+NSS_INLINE Lanes<float> to_float(const Lanes<float>& a) { return a; }
+NSS_INLINE Lanes<float> to_float(const Lanes<double>& a) {
+  using Narrow [[maybe_unused]] = Lanes<float>::Register;
+  Lanes<float> n;
+#if NSS_LANE_BYTES == 64
+  n.r[0] = (Narrow)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)a.r[0])),
+                                      _mm512_cvtpd_ps((__m512d)a.r[1]), 1);
+#elif NSS_LANE_BYTES == 32
+  NSS_EACH(2, n.r[i] = (Narrow)_mm256_insertf128_ps(
+                  _mm256_castps128_ps256(_mm256_cvtpd_ps((__m256d)a.r[2 * i])),
+                  _mm256_cvtpd_ps((__m256d)a.r[2 * i + 1]), 1));
+#else
+  float values[16];
+  double wide[16];
+  a.store(wide);
+  for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(wide[i]);
+  n = Lanes<float>::load(values);
+#endif
+  return n;
+}
+
 template <typename V>
 NSS_INLINE Lanes<V> narrow(const Lanes<double>& a) {
   if constexpr (std::is_same_v<V, double>) {
     return a;
   } else {
-    using Narrow [[maybe_unused]] = Lanes<float>::Register;
-    Lanes<float> n;
-#if NSS_LANE_BYTES == 64
-    n.r[0] = (Narrow)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)a.r[0])),
-                                        _mm512_cvtpd_ps((__m512d)a.r[1]), 1);
-#elif NSS_LANE_BYTES == 32
-    NSS_EACH(2, n.r[i] = (Narrow)_mm256_insertf128_ps(
-                    _mm256_castps128_ps256(_mm256_cvtpd_ps((__m256d)a.r[2 * i])),
-                    _mm256_cvtpd_ps((__m256d)a.r[2 * i + 1]), 1));
-#else
-    float values[16];
-    double wide[16];
-    a.store(wide);
-    for (int i = 0; i < 16; ++i) values[i] = static_cast<float>(wide[i]);
-    n = Lanes<float>::load(values);
-#endif
-    return n;
+    return to_float(a);
   }
 }
 
@@ -227,18 +242,4 @@ NSS_INLINE Lanes<float> load_lanes(const Half* p) {
   a = Lanes<float>::load(values);
 #endif
   return a;
-}
-
-// The same, in double.
-template <typename T>
-NSS_INLINE Lanes<double> load_wide(const T* p) {
-#if NSS_LANE_BYTES == 32
-  // Converting from memory costs one instruction less than from half a register.
-  if constexpr (std::is_same_v<T, float>) {
-    Lanes<double> w;
-    NSS_EACH(4, w.r[i] = (Lanes<double>::Register)_mm256_cvtps_pd(_mm_loadu_ps(p + 4 * i)));
-    return w;
-  }
-#endif
-  return widen(load_lanes(p));
 }
