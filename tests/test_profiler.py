@@ -1,11 +1,9 @@
-"""Observation in one's own loop: tokens, masks, weights, chosen sites, compiled models, ranks."""
+"""Observation in one's own loop: tokens, masks, weights, chosen sites, compiled models."""
 
 import copy
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from models import Mlp, Residual, Tokens, images, loader, settled
 
@@ -270,23 +268,3 @@ class TestMerge:
             one.merge(profiled(class_names=["a", "b", "c", "d"]))
         with pytest.raises(ValueError, match="differ in their sites"):
             one.merge(profiled(sites=["first"]))
-
-
-def _rank(rank: int, world: int, address: str, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
-    profile = profiled(BATCHES[rank::world])  # ragged: ranks see different numbers of samples
-    profile.all_reduce()
-    profile.save(f"{folder}/{rank}.safetensors")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_equal_one_process(world, tmp_path):
-    address = f"file://{tmp_path}/rendezvous"
-    mp.start_processes(_rank, (world, address, str(tmp_path)), nprocs=world, start_method="spawn")
-    profiles = [nss.Profile.load(tmp_path / f"{rank}.safetensors") for rank in range(world)]
-    assert_close(profiles[0], profiled())
-    for other in profiles[1:]:
-        assert_same_bits(profiles[0], other)

@@ -113,6 +113,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="loader yielded no batch"):
             nss.readapt(model, slicing, [])
 
+    @pytest.mark.filterwarnings("ignore:profile. NaN or infinite:RuntimeWarning")
     def test_nonfinite_samples(self):
         model, slicing = made()
         bad = [(x.masked_fill(x > 2, torch.nan), y) for x, y in SHIFTED]

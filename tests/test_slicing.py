@@ -171,6 +171,7 @@ class TestRefusals:
             with pytest.raises(ValueError, match=r"threshold must lie in \(0, 1\], got"):
                 nss.slice(profile, "avg", bad)
 
+    @pytest.mark.filterwarnings("ignore:profile. NaN or infinite:RuntimeWarning")
     def test_nonfinite_activations(self):
         model = settled(Mlp(), 12)
         with torch.no_grad():
@@ -313,6 +314,18 @@ class TestApplied:
         with slicing.critical_slice([0]).applied(model):
             torch.testing.assert_close(model(x), expected)
         torch.testing.assert_close(model(x), plain)
+        torch.compiler.reset()
+
+    def test_a_wrapper_that_was_compiled_before_is_masked_too(self):
+        model, slicing = made()
+        x = torch.randn(3, 1, 8, 8)
+        compiled = torch.compile(model, backend="aot_eager")
+        plain = compiled(x)
+        with slicing.critical_slice([0]).applied(model):
+            expected = model(x)
+            torch.testing.assert_close(compiled(x), expected)
+        assert not torch.allclose(expected, plain)
+        torch.testing.assert_close(compiled(x), plain)
         torch.compiler.reset()
 
     def test_another_model_is_refused(self):

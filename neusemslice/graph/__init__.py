@@ -7,8 +7,11 @@ from neusemslice.graph.model import (
     fingerprint,
     is_compiled,
     logits_of,
+    reset_compiler,
     tensors_in,
+    unwrapped,
 )
+from neusemslice.graph.sharding import is_sharded, smallest
 from neusemslice.graph.sites import Graph, Group, Layer, Reader, Site, Span
 from neusemslice.graph.trace import dependency_graph, trace
 
@@ -25,7 +28,11 @@ __all__ = [
     "evaluation",
     "fingerprint",
     "is_compiled",
+    "is_sharded",
     "logits_of",
+    "reset_compiler",
+    "smallest",
     "tensors_in",
     "trace",
+    "unwrapped",
 ]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from neusemslice.graph.sharding import reshard
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model is called with."""
+    """What a model is called with; tuples, lists and mappings may be nested in it."""
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -25,24 +29,49 @@ class Inputs:
 
     def to(self, device: torch.device) -> Inputs:
         """The same with every tensor on ``device``."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-        return Inputs(
-            tuple(move(a) for a in self.args), {k: move(v) for k, v in self.kwargs.items()}
-        )
+    @property
+    def samples(self) -> int:
+        """Size of the batch: that of the first tensor with a dimension."""
+        return next((t.shape[0] for t in tensors_in([*self.args, self.kwargs]) if t.ndim), 0)
 
     def head(self, samples: int) -> Inputs:
-        """The first ``samples`` of the batch, whose size is that of the first tensor."""
-        tensors = [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
-        size = tensors[0].shape[0] if tensors and tensors[0].ndim else 0
+        """The first ``samples`` of the batch."""
+        size = self.samples
 
-        def cut(value: Any) -> Any:
-            batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size
-            return value[:samples] if batched else value
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[:samples] if tensor.ndim and tensor.shape[0] == size else tensor
 
-        return Inputs(tuple(cut(a) for a in self.args), {k: cut(v) for k, v in self.kwargs.items()})
+        return self._map(cut)
+
+    def normal(self) -> Inputs:
+        """The same without tensors of inference mode, which autograd refuses; call it outside."""
+        return self._map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        return Inputs(
+            tuple(_mapped(a, change) for a in self.args),
+            {name: _mapped(value, change) for name, value in self.kwargs.items()},
+        )
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The value with each of its tensors changed; its containers keep their types."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, MutableMapping):
+        changed = copy.copy(value)
+        for name, item in value.items():
+            changed[name] = _mapped(item, change)
+        return changed
+    if isinstance(value, Mapping):
+        return {name: _mapped(item, change) for name, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(item, change) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(_mapped(item, change) for item in value)
+    return value
 
 
 def logits_of(output: Any) -> Tensor:
@@ -95,14 +124,43 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether the model or a part of it goes through ``torch.compile``.
-
-    Compiled code does not notice hooks that come or go, unless the compiler is reset.
-    """
+    """Whether the model or a part of it goes through ``torch.compile``."""
     return any(
         getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
         for module in model.modules()
     )
+
+
+def reset_compiler() -> None:
+    """Has compiled code notice that hooks came or went; it inlines those it finds.
+
+    ``torch.compile(model)`` leaves no trace in the model itself, so everything that this process
+    has compiled is compiled anew when it is called next.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def uncompiled() -> AbstractContextManager[object]:
+    """Inside the block, compiled modules run as they were written."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    eager: AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
+    return eager
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside ``torch.compile``, ``DistributedDataParallel`` and ``DataParallel``.
+
+    The names of its modules and parameters are those that the user knows.
+    """
+    while True:
+        if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
 
 
 @contextmanager
@@ -111,6 +169,7 @@ def evaluation(model: nn.Module, *, requires_grad: bool | None = None) -> Iterat
 
     With ``requires_grad`` every floating-point parameter has that flag inside the block.
     """
+    reshard(model)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     model.eval()
@@ -121,6 +180,7 @@ def evaluation(model: nn.Module, *, requires_grad: bool | None = None) -> Iterat
                     parameter.requires_grad_(requires_grad)
         yield
     finally:
+        reshard(model)
         for module, mode in modes:
             module.training = mode
         for parameter, flag in flags:

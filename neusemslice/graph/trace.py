@@ -34,8 +34,10 @@ from neusemslice.graph.model import (
     fingerprint,
     logits_of,
     tensors_in,
+    uncompiled,
 )
 from neusemslice.graph.probe import Probe, mixes_neurons
+from neusemslice.graph.sharding import same_inputs
 from neusemslice.graph.sites import Graph, Group, Layer, Reader, Site, Span
 
 _LAYERS = (_ConvNd, nn.Linear)
@@ -98,14 +100,21 @@ def _dependencies(
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Graph:
-    """Finds the sites of a model by running it once on ``inputs``; the model is left as it was.
+    """Finds the sites of a model by running it on ``inputs``; the model is left as it was.
+
+    Ranks that share a sharded model trace it together, on the inputs of the first of them.
 
     Raises:
         ValueError: if the model has no convolution or linear layer that another one reads.
         TypeError: if it returns no logits.
     """
-    inputs = inputs.to(device_of(model))
-    with evaluation(model, requires_grad=True), torch.enable_grad():
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        uncompiled(),
+        evaluation(model, requires_grad=True),
+    ):
+        inputs = same_inputs(model, inputs).to(device_of(model)).normal()
         calls, num_outputs = _run(model, inputs)
         dependencies, roots = _dependencies(model, inputs)
         probe = Probe(model, inputs, {layer: _out_features(layer) for layer in calls})

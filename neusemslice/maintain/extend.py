@@ -117,7 +117,7 @@ def extend(
         raise ValueError(f"extend: capacity must lie in (0, 1), got {capacity}")
     head = _head(model, graph)
     old_classes = tuple((slicing.profile.samples > 0).nonzero().squeeze(1).tolist())
-    new_classes = _new_classes(loader, device_of(model), old_classes)
+    new_classes = _new_classes(loader, old_classes)
     frozen = _frozen(slicing, capacity)
     free = ~frozen
     if not len(free):
@@ -221,11 +221,9 @@ def _head(model: nn.Module, graph: Graph) -> nn.Linear:
     return head
 
 
-def _new_classes(
-    loader: Iterable[Any], device: torch.device, old: tuple[int, ...]
-) -> tuple[int, ...]:
+def _new_classes(loader: Iterable[Any], old: tuple[int, ...]) -> tuple[int, ...]:
     found: set[int] = set()
-    for _, labels in batches(loader, "extend", device):
+    for _, labels in batches(loader, "extend"):
         found.update(labels.unique().tolist())
     found.discard(-100)
     if not found:

@@ -83,10 +83,10 @@ def fit(
             summed = torch.zeros((), device=device)
             count = 0
             progress = track(loader, f"{what} {epoch + 1}/{epochs}")
-            for inputs, raw in batches(progress, what, device):
+            for inputs, raw in batches(progress, what):
                 labels = raw.to(device, non_blocking=True)
                 with torch.enable_grad():
-                    loss = _loss(logits_of(inputs.run(model)), labels, classes, what)
+                    loss = _loss(logits_of(inputs.to(device).run(model)), labels, classes, what)
                     optimizer.zero_grad()
                     loss.backward()
                 optimizer.step()

@@ -129,18 +129,27 @@ class Profile:
             ValueError: if the two are of different models, classes or metrics; nothing has changed
                 then.
         """
-        for what, mine, theirs in (
-            ("models", self.graph.fingerprint, other.graph.fingerprint),
-            ("sites", sorted(self.activations), sorted(other.activations)),
-            ("classes", self.class_names, other.class_names),
-            ("metrics", sorted(self.metrics), sorted(other.metrics)),
-        ):
-            if mine != theirs:
-                raise ValueError(f"merge: the profiles differ in their {what}: {mine} and {theirs}")
+        self._refuse_other("merge", other._subject())
         for name, state in self.activations.items():
             class_stats_merge_(state, other.activations[name])
         for name, state in self.contributions.items():
             class_stats_merge_(state, other.contributions[name])
+
+    def _subject(self) -> dict[str, Any]:
+        """What two profiles must have in common to be merged."""
+        return {
+            "models": self.graph.fingerprint,
+            "sites": sorted(self.activations),
+            "classes": self.class_names,
+            "metrics": sorted(self.metrics),
+        }
+
+    def _refuse_other(self, caller: str, subject: dict[str, Any]) -> None:
+        for what, mine in self._subject().items():
+            if mine != subject[what]:
+                raise ValueError(
+                    f"{caller}: the profiles differ in their {what}: {mine} and {subject[what]}"
+                )
 
     def __add__(self, other: Profile) -> Profile:
         """A new profile of the samples of both."""
@@ -152,8 +161,15 @@ class Profile:
         """Merges the profiles of all ranks, in the order of the ranks, into each of them.
 
         Every rank ends with the same bits.
+
+        Raises:
+            ValueError: as ``merge``, on every rank; nothing has changed then.
         """
         world, rank = dist.get_world_size(group), dist.get_rank(group)
+        subjects: list[Any] = [None] * world
+        dist.all_gather_object(subjects, self._subject(), group=group)
+        for subject in subjects:
+            self._refuse_other("all_reduce", subject)
         own = copy.deepcopy(self)
         total = Profile.empty(
             self.graph,

@@ -8,6 +8,7 @@ its backward pass, which keeps them anyway.
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +18,18 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from neusemslice.graph import Graph, Inputs, Site, device_of, is_compiled, trace
+from neusemslice.graph import (
+    Graph,
+    Inputs,
+    Site,
+    device_of,
+    is_sharded,
+    reset_compiler,
+    trace,
+    unwrapped,
+)
 from neusemslice.ops import ClassOrder, class_order, class_stats_
-from neusemslice.profiling.batching import as_labels
+from neusemslice.profiling.batching import as_labels, as_mask
 from neusemslice.profiling.profile import METRICS, Profile
 
 
@@ -31,6 +41,7 @@ class _Batch:
     labels: torch.Size
     weights: Tensor | None
     mask: Tensor | None
+    observed: bool = False
     seen: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
@@ -49,11 +60,18 @@ class Profiler:
     want statistics of training mode.
 
     Hooks are there between entering and leaving the profiler; ``batch`` alone installs them for
-    its own block. If the model is compiled, the compiler is reset whenever hooks come or go,
-    because it would ignore them.
+    its own block. The compiler is reset whenever hooks come or go, because compiled code would
+    ignore them. Statistics are operators within the compiled graph (``fullgraph=True`` works);
+    "taylor" breaks it at each site.
+
+    Nothing in a batch waits for the device. Leaving does, once, for what could not be said before:
+    it warns of sites with NaN or infinite values (``RuntimeWarning``; they were counted in
+    ``Profile.nonfinite()`` and entered no other statistic), and refuses a profile that lacks
+    samples because their labels were out of range.
 
     Args:
-        model: what to observe; it is left as it was.
+        model: what to observe; it is left as it was. Sites of a model that is wrapped by
+            ``torch.compile`` or ``DistributedDataParallel`` have the names of the wrapped one.
         inputs: one small batch to trace the model with: a tensor, a tuple of arguments, or a
             mapping of keyword arguments.
         metrics: among ``METRICS``.
@@ -61,8 +79,14 @@ class Profiler:
         class_names: ``K`` names; by default "0", "1", ….
         sites: shell patterns of the names of sites to observe; all by default.
 
+    Attributes:
+        profile: the statistics so far.
+        batches: how many batches were begun.
+
     Raises:
-        ValueError: for an unknown metric, a pattern that matches no site, or not ``K`` names.
+        TypeError: if the model returns no logits.
+        ValueError: for an unknown metric, a pattern that matches no site, or not ``K`` names; on
+            leaving, if labels on a GPU were out of range (``batch`` says so of others).
     """
 
     def __init__(
@@ -78,13 +102,19 @@ class Profiler:
         unknown = [metric for metric in metrics if metric not in METRICS]
         if unknown or not metrics:
             raise ValueError(f"profile: metrics must be among {METRICS}, got {tuple(metrics)}")
-        graph = _select(trace(model, _as_inputs(inputs)), sites)
-        k = graph.num_outputs if num_classes is None else num_classes
-        names = tuple(str(i) for i in range(k)) if class_names is None else tuple(class_names)
-        if len(names) != k:
-            raise ValueError(f"profile: class_names must be {k} names, got {len(names)}")
-        self.model = model
-        self.profile = Profile.empty(graph, names, metrics, device_of(model))
+        self._model = unwrapped(model)
+        # Tensors made in inference mode could not be changed after it.
+        with torch.inference_mode(False):
+            graph = _select(trace(self._model, _as_inputs(inputs)), sites)
+            k = graph.num_outputs if num_classes is None else num_classes
+            names = tuple(str(i) for i in range(k)) if class_names is None else tuple(class_names)
+            if len(names) != k:
+                raise ValueError(f"profile: class_names must be {k} names, got {len(names)}")
+            profile = Profile.empty(graph, names, metrics, device_of(model))
+        self.profile = profile
+        self.batches = 0
+        # Labels that were neither counted nor -100: those out of range, which a GPU passes over.
+        self._lost = profile.samples.new_zeros((), dtype=torch.int64)
         self._gradients = "taylor" in metrics
         # A module can be the first reader of several sites (a concatenation).
         self._observed: dict[str, list[Site]] = {}
@@ -101,11 +131,7 @@ class Profiler:
     def __enter__(self) -> Self:
         if self._handles:
             raise RuntimeError("Profiler: entered twice")
-        _reset_compiler(self.model)
-        for name in self._observed:
-            module = self.model.get_submodule(name)
-            hook = self._hook(name)
-            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._install()
         return self
 
     def __exit__(
@@ -114,10 +140,55 @@ class Profiler:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._remove()
+        if kind is None:
+            self.conclude()
+
+    def conclude(self) -> None:
+        """Says what could not be said while observing; leaving the profiler does it too.
+
+        Waits for the device.
+
+        Raises:
+            ValueError: if labels were out of range.
+        """
+        self.check_labels()
+        if bad := self.profile.nonfinite():
+            sites = ", ".join(f"{name} ({count:,})" for name, count in bad.items())
+            warnings.warn(
+                f"profile: NaN or infinite values were left out of the statistics of {sites}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
+    def check_labels(self) -> None:
+        """Looks whether all labels so far were counted; waits for the device.
+
+        Raises:
+            ValueError: if some were out of range.
+        """
+        if lost := int(self._lost):
+            raise ValueError(
+                f"profile: {lost} labels lay outside [0, {self.profile.num_classes}) and were not "
+                "-100, so the profile lacks their samples"
+            )
+
+    def _install(self) -> None:
+        reset_compiler()
+        for name in self._observed:
+            module = self._model.get_submodule(name)
+            # A sharded module gives its input a node of its own in autograd's graph, which only
+            # its own part of the gradient would reach.
+            handle = module.register_forward_pre_hook(
+                self._hook(name), with_kwargs=True, prepend=is_sharded(module)
+            )
+            self._handles.append(handle)
+
+    def _remove(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        _reset_compiler(self.model)
+        reset_compiler()
 
     @contextmanager
     def batch(
@@ -127,52 +198,92 @@ class Profiler:
 
         Args:
             labels: integers ``[N]``, or ``[N, T]`` where every token has its own label; -100 is
-                ignored. Tensor, list or array.
+                ignored. Or floating-point ``[N, K]``, not negative: how much each sample belongs
+                to each class; a row of zeros is ignored. Tensor, list or array.
             mask: bool ``[N, T]``, False for padding; used at sites that see tokens.
             weights: of the samples ``[N]``, finite and not negative.
 
         Raises:
             TypeError, ValueError: for labels, mask or weights of another dtype or shape, or labels
-                out of range; and, naming the site, if they do not fit what the model sees.
+                out of range, naming the batch by its number; and, naming the site, if they do not
+                fit what the model sees.
+            RuntimeError: if the block did not run the model.
         """
         with torch.no_grad():
-            device = device_of(self.model)
-            y = as_labels(labels, "profile")
-            if mask is not None:
-                mask = _checked_mask(mask.to(device, non_blocking=True), y)
-            if weights is not None:
-                if weights.shape != y.shape[:1]:
-                    raise ValueError(
-                        f"profile: weights must have shape [{y.shape[0]}], "
-                        f"got {list(weights.shape)}"
-                    )
-                weights = weights.to(device, non_blocking=True)
-            if y.ndim == 2:
-                # Each token is a sample; padding has no class, and tokens weigh as their sample.
-                if mask is not None:
-                    y, mask = y.masked_fill(~mask.to(y.device), -100), None
-                if weights is not None:
-                    weights = weights.unsqueeze(1).expand(y.shape).flatten()
-            # Where the labels are, so that those of a loader are checked without a wait for a GPU.
-            order = class_order(y.flatten(), self.profile.num_classes).to(device)
+            batch = self._prepared(labels, mask, weights)
         installed = bool(self._handles)
         if not installed:
-            self.__enter__()
-        self._batch = batch = _Batch(order, y.shape, weights, mask)
+            self._install()
+        self._batch = batch
         try:
             yield
+            if not batch.observed:
+                raise RuntimeError(
+                    "profile: no site was seen within the batch's block; run the model in it"
+                )
             if self._gradients:
                 self._contribute(batch)
         finally:
             self._batch = None
+            # An activation holds its hook, which holds the batch: a cycle through autograd, which
+            # the garbage collector does not see.
+            batch.seen.clear()
+            batch.gradients.clear()
             if not installed:
-                self.__exit__(None, None, None)
+                self._remove()
+
+    def _prepared(self, labels: Any, mask: Tensor | None, weights: Tensor | None) -> _Batch:
+        """The batch on the model's device, checked as far as that needs no wait for a device."""
+        where, num_classes = f"profile: batch {self.batches}", self.profile.num_classes
+        self.batches += 1
+        y = as_labels(labels, where, soft=True)
+        soft = y.is_floating_point()
+        if soft and y.shape[1] != num_classes:
+            raise ValueError(
+                f"{where}: soft labels must be [N, {num_classes}], one column for each class, "
+                f"got {list(y.shape)}"
+            )
+        if soft and y.device.type == "cpu" and not bool(((y >= 0) & y.isfinite()).all()):
+            raise ValueError(f"{where}: soft labels must be finite and not negative")
+        shape = y.shape[:1] if soft else y.shape
+        if mask is not None:
+            mask = as_mask(mask, shape, where)
+        if weights is not None and weights.shape != shape[:1]:
+            raise ValueError(
+                f"{where}: weights must have shape [{shape[0]}], got {list(weights.shape)}"
+            )
+        if len(shape) == 2:
+            # Each token is a sample; padding has no class, and tokens weigh as their sample.
+            if mask is not None:
+                # Whichever is on the CPU moves: the other way round would wait for a GPU.
+                place = y.device if mask.device.type == "cpu" else mask.device
+                y = y.to(place, non_blocking=True)
+                y = y.masked_fill(~mask.to(place, non_blocking=True), -100)
+                mask = None
+            if weights is not None:
+                weights = weights.unsqueeze(1).expand(shape).flatten()
+        # Where the labels are, so that those of a loader are checked without a wait for a GPU.
+        try:
+            order = class_order(y if soft else y.flatten(), num_classes)
+        except ValueError as error:
+            raise ValueError(f"{where}: {str(error).removeprefix('class_order: ')}") from error
+        device = self._lost.device
+        if not soft:
+            lost = (y != -100).sum() - order.offsets[-1]
+            self._lost += lost.to(device, non_blocking=True)
+        return _Batch(
+            order.to(device),
+            shape,
+            None if weights is None else weights.to(device, non_blocking=True),
+            None if mask is None else mask.to(device, non_blocking=True),
+        )
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             batch = self._batch
             if batch is None:
                 return
+            batch.observed = True
             x = args[0] if args else kwargs["input"]
             for site in self._observed[name]:
                 view = _view(site, x.detach(), batch)
@@ -270,22 +381,6 @@ def _view(site: Site, x: Tensor, batch: _Batch) -> _View:
     if mask is not None and reader.repeat > 1:
         mask = mask.unsqueeze(-1).expand(*mask.shape, reader.repeat)
     return _View(reader.take(x, site.neurons), mask)
-
-
-def _reset_compiler(model: nn.Module) -> None:
-    if is_compiled(model):
-        torch.compiler.reset()
-
-
-def _checked_mask(mask: Tensor, labels: Tensor) -> Tensor:
-    if mask.ndim != 2 or mask.shape[: labels.ndim] != labels.shape[: mask.ndim]:
-        raise ValueError(
-            f"profile: mask must be bool [N, T] for labels {list(labels.shape)}, "
-            f"got {list(mask.shape)}"
-        )
-    if mask.dtype.is_floating_point:
-        raise TypeError(f"profile: mask must be bool or integer [N, T], got {mask.dtype}")
-    return mask.bool()
 
 
 def _select(graph: Graph, patterns: Sequence[str] | None) -> Graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from neusemslice import _files
 from neusemslice._progress import track
-from neusemslice.graph import device_of, evaluation, logits_of
+from neusemslice.graph import device_of, evaluation, logits_of, smallest
 from neusemslice.profiling.batching import LabelsOf, batches
 from neusemslice.profiling.profile import METRICS, Profile
 from neusemslice.profiling.profiler import Profiler
@@ -46,11 +47,20 @@ def profile(
     The loss is summed over the batch, so that each sample's gradient is its own. No activation is
     kept beyond its batch, and the model is left as it was, whatever happens.
 
+    Among several processes each profiles its own share; ``Profile.all_reduce`` merges them. Ranks
+    that share a sharded model (FSDP2) run it together, so each must have equally many batches,
+    though of any size; otherwise those that have more wait for the others forever.
+
+    A value that is NaN or infinite enters no statistic but ``Profile.nonfinite()``, which counts
+    them per site; at the end a ``RuntimeWarning`` names the sites and counts.
+
     Args:
         model: returns logits ``[N, K]``, has ``.logits``, or returns a tuple that starts with them.
-        loader: gives batches ``(x, …, labels)`` or mappings with "labels"; labels are integers in
-            ``[0, K)``, or -100 for samples to ignore: ``[N]``, or ``[N, T]`` for one per token. An
-            "attention_mask" in a mapping is the mask of its real tokens.
+        loader: gives batches ``(x, …, labels)``, or mappings or dataclasses with "labels" whose
+            other items are the model's keyword arguments. Labels are tensors, lists or arrays of
+            integers in ``[0, K)``, or -100 for samples to ignore: ``[N]``, or ``[N, T]`` for one
+            per token; or floating-point ``[N, K]``: how much each sample belongs to each class.
+            An "attention_mask" among the keyword arguments is the mask of the real tokens.
         metrics: among ``METRICS``; see ``neusemslice.slicing.scores``.
         num_classes: ``K``; by default the number of the model's outputs.
         class_names: ``K`` names; by default "0", "1", ….
@@ -60,15 +70,18 @@ def profile(
         checkpoint: a file that keeps the work so far, written atomically about every half minute.
             If it exists, the sweep continues behind it, and ends with the same bits as one that
             was not interrupted; the loader must give the same batches in the same order. It is
-            removed at the end.
+            removed at the end. Each rank needs a file of its own.
 
     Raises:
         ValueError, TypeError: for an unknown metric, a pattern that matches no site, a loader that
-            yields nothing, labels or batches of another form, labels out of range, or a checkpoint
-            of another sweep.
+            yields nothing, labels or batches of another form, a model that returns no logits, or a
+            checkpoint of another sweep. For labels out of range, naming the batch and the label;
+            where labels are on a GPU, at the next checkpoint or the end, with their number.
     """
     if unknown := [metric for metric in metrics if metric not in METRICS]:
         raise ValueError(f"profile: metrics must be among {METRICS}, got {tuple(unknown)}")
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        model = model.module  # the wrapper's forward pass would wait for the other ranks
     device = device_of(model)
     gradients = "taylor" in metrics
     loss = loss or _cross_entropy
@@ -79,9 +92,10 @@ def profile(
         torch.set_grad_enabled(gradients),
     ):
         last_saved = time.monotonic()
-        seen = 0
+        seen = 0  # batches in the checkpoint
+        saved: dict[str, Tensor] = {}
         for number, (inputs, y) in enumerate(
-            batches(track(loader, "profile"), "profile", device, labels)
+            batches(track(loader, "profile"), "profile", labels, soft=True)
         ):
             if profiler is None:
                 profiler = Profiler(
@@ -92,18 +106,29 @@ def profile(
                     class_names=class_names,
                     sites=sites,
                 )
+                if gradients and loss is _cross_entropy:
+                    _check_outputs(profiler.profile)
                 stack.enter_context(profiler)
-                if checkpoint is not None and Path(checkpoint).exists():
+                if checkpoint is not None:
                     seen = _continue(checkpoint, profiler.profile)
-            if number < seen:
+                    # Ranks that share a model run it together, so all go back to the one that was
+                    # interrupted first, and the others forget what they see twice.
+                    profiler.batches = smallest(model, seen)
+                    if profiler.batches < seen:
+                        saved = copy.deepcopy(profiler.profile.state_dict())
+            if number < profiler.batches:
                 continue
             with profiler.batch(y, inputs.kwargs.get("attention_mask")):
-                output = inputs.run(model)
-                if gradients:
+                output = inputs.to(device).run(model)
+                if gradients and (activations := profiler.seen()):
                     total = loss(output, y.to(device, non_blocking=True)).sum()
-                    torch.autograd.grad(total, profiler.seen(), allow_unused=True)
+                    torch.autograd.grad(total, activations, allow_unused=True)
+            if number < seen:
+                profiler.profile.load_state_dict(saved)
+                continue
             if checkpoint is not None and time.monotonic() - last_saved >= CHECKPOINT_SECONDS:
-                _save(checkpoint, profiler.profile, number + 1)
+                profiler.check_labels()
+                _save(checkpoint, profiler.profile, profiler.batches)
                 last_saved = time.monotonic()
     assert profiler is not None
     if checkpoint is not None:
@@ -118,6 +143,8 @@ def _save(path: str | os.PathLike[str], found: Profile, batches_seen: int) -> No
 
 def _continue(path: str | os.PathLike[str], found: Profile) -> int:
     """Fills the empty profile from a checkpoint; returns the number of batches in it."""
+    if not Path(path).exists():
+        return 0
     saved, batches_seen = _files.read(
         path,
         "checkpoint",
@@ -130,6 +157,24 @@ def _continue(path: str | os.PathLike[str], found: Profile) -> int:
     return batches_seen
 
 
+def _check_outputs(found: Profile) -> None:
+    if found.num_classes > found.graph.num_outputs:
+        raise ValueError(
+            f"profile: the cross-entropy of {found.num_classes} classes is not defined for a model "
+            f"with {found.graph.num_outputs} outputs; give the loss"
+        )
+
+
 def _cross_entropy(output: Any, labels: Tensor) -> Tensor:
-    logits = logits_of(output)
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum")
+    answer = logits_of(output)
+    logits, soft = answer.flatten(0, -2), labels.is_floating_point()
+    target = labels.to(logits.dtype) if soft else labels.flatten()
+    if not soft:
+        # Out of range on a GPU: the profiler says so at the end, the loss would end the process.
+        target = target.where((target >= 0) & (target < logits.shape[1]), -100)
+    if len(logits) != len(target) or (soft and logits.shape != target.shape):
+        raise ValueError(
+            f"profile: the model answers {list(answer.shape)} to labels {list(labels.shape)}, and "
+            "their cross-entropy is not defined; give the loss"
+        )
+    return F.cross_entropy(logits, target, reduction="sum")

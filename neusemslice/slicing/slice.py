@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from neusemslice import _files
-from neusemslice.graph import Graph, fingerprint, is_compiled
+from neusemslice.graph import Graph, fingerprint, reset_compiler
 from neusemslice.ops import bitset_pack, bitset_unpack
 
 
@@ -171,10 +171,8 @@ class Slice:
     @contextmanager
     def masking(self, model: nn.Module) -> Iterator[None]:
         """``applied`` for a model that is known to fit."""
-        compiled = is_compiled(model)
         handles = []
-        if compiled:
-            torch.compiler.reset()
+        reset_compiler()
         try:
             for module, (dim, keep) in self._kept_features(model).items():
                 hook = _select_hook(dim, keep)
@@ -185,8 +183,7 @@ class Slice:
         finally:
             for handle in handles:
                 handle.remove()
-            if compiled:
-                torch.compiler.reset()
+            reset_compiler()
 
     def _kept_features(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
         """For each reader of a neuron outside the slice: features to keep, and their dimension."""
