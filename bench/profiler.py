@@ -101,15 +101,16 @@ def measure(name: str, batch: int, rounds: int) -> Result:
         with profiler.batch(y):
             model(x)
 
-    plain()
-    observed()
-    before = peak_mebibytes()
     times, added = [], []
-    for i in range(rounds):
-        first, second = (plain, observed) if i % 2 else (observed, plain)
-        took = {first: seconds(first), second: seconds(second)}
-        times.append(took[plain])
-        added.append(took[observed] / took[plain] - 1)
+    with profiler:
+        plain()
+        observed()
+        before = peak_mebibytes()
+        for i in range(rounds):
+            first, second = (plain, observed) if i % 2 else (observed, plain)
+            took = {first: seconds(first), second: seconds(second)}
+            times.append(took[plain])
+            added.append(took[observed] / took[plain] - 1)
     state = sum(t.nbytes for t in profiler.profile.state_dict().values())
     return Result(
         name,
