@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from bench import report
 from bench.report import Column, Ratio, Result, Section
 
