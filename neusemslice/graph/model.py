@@ -33,10 +33,15 @@ class Inputs:
             tuple(move(a) for a in self.args), {k: move(v) for k, v in self.kwargs.items()}
         )
 
-    def head(self, samples: int) -> Inputs:
-        """The first ``samples`` of the batch, whose size is that of the first tensor."""
+    @property
+    def samples(self) -> int:
+        """Size of the batch: that of the first tensor."""
         tensors = [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
-        size = tensors[0].shape[0] if tensors and tensors[0].ndim else 0
+        return tensors[0].shape[0] if tensors and tensors[0].ndim else 0
+
+    def head(self, samples: int) -> Inputs:
+        """The first ``samples`` of the batch."""
+        size = self.samples
 
         def cut(value: Any) -> Any:
             batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == size

@@ -11,14 +11,14 @@ keep each neuron in its place.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from neusemslice.graph.layers import argument, dim_of
 from neusemslice.graph.model import Inputs
 
 _MIXING_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -31,8 +31,7 @@ class Probe:
     """Runs a model in evaluation mode with neurons moved.
 
     Args:
-        layers: convolutions and linear layers of the model.
-        neurons: of each layer's output.
+        neurons: of the output of each layer of the model.
     """
 
     def __init__(self, model: nn.Module, inputs: Inputs, neurons: Mapping[nn.Module, int]) -> None:
@@ -62,6 +61,34 @@ class Probe:
             if (producer, reader) in pairs
         }
 
+    def changed(
+        self, moved: Mapping[nn.Module, Tensor], readers: Collection[nn.Module]
+    ) -> dict[nn.Module, Tensor]:
+        """For each reader which features of its input change, bool, if neurons are moved.
+
+        Args:
+            moved: the neurons to move in each layer's output, bool.
+        """
+        seen = self._run(functools.partial(self._move, chosen=moved, step=1.0))
+        return {reader: self._changed(reader, seen) for reader in readers}
+
+    def pieces(self) -> set[nn.Module]:
+        """Layers that read each sample as several rows of their input, next to each other.
+
+        Windows of an image are such rows, and the tokens of several texts laid end to end. The
+        first sample alone must give the first of the rows.
+        """
+        samples = self.inputs.samples
+        several = {
+            reader: x
+            for reader, x in self.plain.items()
+            if dim_of(reader) == -1 and x.shape[0] > samples and x.shape[0] % max(1, samples) == 0
+        }
+        if samples < 2 or not several:
+            return set()
+        alone = self._run(lambda layer, output: output, self.inputs.head(1))
+        return {reader for reader, x in several.items() if _starts_with(x, alone.get(reader))}
+
     def _suspects(self, spans: Spans, moved: Spans) -> set[nn.Module]:
         """Readers that see a change outside the features of the moved neurons."""
         half = {
@@ -75,7 +102,7 @@ class Probe:
                 for reader, (start, repeat) in moved[producer].items():
                     if reader not in self.plain:
                         continue
-                    size = self.plain[reader].shape[_feature_dim(reader, self.plain[reader])]
+                    size = self.plain[reader].shape[dim_of(reader)]
                     features = allowed.setdefault(reader, torch.zeros(size, dtype=torch.bool))
                     part = mask.repeat_interleave(repeat)[: max(0, size - start)]
                     features[start : start + len(part)] |= part
@@ -83,7 +110,7 @@ class Probe:
             for step in (1.0, -1.0):
                 seen = self._run(functools.partial(self._move, chosen=chosen, step=step))
                 for reader, features in allowed.items():
-                    if _changes_others(reader, self.plain[reader], seen.get(reader), features):
+                    if bool((self._changed(reader, seen) & ~features).any()):
                         suspects.add(reader)
         return suspects
 
@@ -98,18 +125,21 @@ class Probe:
         mask = chosen.get(layer)
         if mask is None:
             return plain
-        dim = 1 if isinstance(layer, _ConvNd) else -1
         shape = [1] * plain.ndim
-        shape[dim] = -1
+        shape[dim_of(layer)] = -1
         distance = step * (1 + plain.nan_to_num(0, 0, 0).abs().amax())
-        return plain + distance * mask.to(plain.device, plain.dtype).view(shape)
+        # Not equally far everywhere: a softmax does not see what is added to all of its inputs.
+        varied = 1 + torch.rand(plain.shape, generator=self.generator).to(plain)
+        return plain + distance * varied * mask.to(plain).view(shape)
 
-    def _run(self, replace: Callable[[nn.Module, Tensor], Tensor]) -> dict[nn.Module, Tensor]:
+    def _run(
+        self, replace: Callable[[nn.Module, Tensor], Tensor], inputs: Inputs | None = None
+    ) -> dict[nn.Module, Tensor]:
         """What each layer reads, when its output is what ``replace`` makes of it."""
         read: dict[nn.Module, Tensor] = {}
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            read[module] = (args[0] if args else kwargs["input"]).clone()
+            read[module] = argument(args, kwargs).clone()
 
         def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
             return replace(module, output)
@@ -126,20 +156,26 @@ class Probe:
                     stack.callback(post.remove)
                 elif mixes_neurons(module):
                     stack.callback(module.register_forward_hook(through).remove)
-            self.inputs.run(self.model)
+            (self.inputs if inputs is None else inputs).run(self.model)
         return read
 
+    def _changed(self, reader: nn.Module, seen: Mapping[nn.Module, Tensor]) -> Tensor:
+        """Which features of what a reader reads are not as in the plain run, bool."""
+        before, after = self.plain[reader], seen.get(reader)
+        dim = dim_of(reader)
+        if after is None or after.shape != before.shape:
+            return torch.ones(before.shape[dim], dtype=torch.bool)
+        same = (before == after) | (before.isnan() & after.isnan())
+        return (~same).movedim(dim, -1).flatten(0, -2).any(0).cpu()
 
-def _changes_others(
-    reader: nn.Module, before: Tensor, after: Tensor | None, features: Tensor
-) -> bool:
-    """Whether anything but ``features`` of what a reader reads is different."""
-    if after is None or after.shape != before.shape:
-        return True
-    same = (before == after) | (before.isnan() & after.isnan())
-    dim = _feature_dim(reader, before)
-    changed = (~same).movedim(dim, -1).flatten(0, -2).any(0).cpu()
-    return bool((changed & ~features).any())
+
+def _starts_with(whole: Tensor, part: Tensor | None) -> bool:
+    if part is None or part.shape[1:] != whole.shape[1:]:
+        return False
+    # Sums over batches of other sizes may be rounded otherwise.
+    return torch.allclose(
+        whole[: part.shape[0]], part, rtol=1e-2, atol=1e-3 * float(part.abs().max())
+    )
 
 
 def mixes_neurons(module: nn.Module) -> bool:
@@ -147,7 +183,3 @@ def mixes_neurons(module: nn.Module) -> bool:
     return isinstance(module, _MIXING_NORMS) or type(module).__name__.endswith(
         ("RMSNorm", "LayerNorm")
     )
-
-
-def _feature_dim(layer: nn.Module, x: Tensor) -> int:
-    return 1 if isinstance(layer, _ConvNd) else x.ndim - 1

@@ -15,43 +15,32 @@ further down a residual stream sees the sum of several sites; the last of them g
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch_pruning
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch_pruning.dependency.node import Node
 
-from neusemslice.graph.model import (
-    Inputs,
-    device_of,
-    evaluation,
-    fingerprint,
-    logits_of,
-    tensors_in,
+from neusemslice.graph.attention import find_attentions, find_heads, with_heads
+from neusemslice.graph.dependencies import dependencies
+from neusemslice.graph.layers import (
+    Call,
+    dim_of,
+    in_features,
+    is_depthwise,
+    is_grouped,
+    is_layer,
+    out_features,
+    rows_of,
+    run_layers,
+    weight_dims,
 )
+from neusemslice.graph.model import Inputs, device_of, evaluation, fingerprint
 from neusemslice.graph.probe import Probe, mixes_neurons
 from neusemslice.graph.sites import Graph, Group, Layer, Reader, Site, Span
-
-_LAYERS = (_ConvNd, nn.Linear)
-
-
-@dataclass
-class _Call:
-    """What one forward pass showed of a layer.
-
-    ``problem`` says why its neurons cannot be told apart from others; empty where they can.
-    """
-
-    order: int
-    count: int = 0
-    positions: int = 0
-    problem: str = ""
 
 
 @dataclass
@@ -65,129 +54,125 @@ class _Group:
     problem: str = ""
 
 
-def dependency_graph(model: nn.Module, inputs: Inputs) -> torch_pruning.DependencyGraph:
-    """torch-pruning's graph of a model whose parameters require gradients.
-
-    It follows every tensor of the output, not only the logits.
-    """
-    return _dependencies(model, inputs)[0]
-
-
-def _dependencies(
-    model: nn.Module, inputs: Inputs
-) -> tuple[torch_pruning.DependencyGraph, set[object]]:
-    """torch-pruning's graph, and the autograd nodes at which it starts: those of the output."""
-    graph = torch_pruning.DependencyGraph()
-    roots: set[object] = set()
-
-    def differentiable(output: object) -> list[Tensor]:
-        found = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
-        roots.update(tensor.grad_fn for tensor in found)
-        return found
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        graph.build_dependency(
-            model,
-            example_inputs=inputs,
-            forward_fn=lambda module, batch: batch.run(module),
-            output_transform=differentiable,
-            verbose=False,
-        )
-    return graph, roots
-
-
 def trace(model: nn.Module, inputs: Inputs) -> Graph:
-    """Finds the sites of a model by running it once on ``inputs``; the model is left as it was.
+    """Finds the sites of a model by running it on ``inputs``; the model is left as it was.
 
     Raises:
-        ValueError: if the model has no convolution or linear layer that another one reads.
+        ValueError: if the model has no layer whose neurons another one reads.
         TypeError: if it returns no logits.
     """
     inputs = inputs.to(device_of(model))
     with evaluation(model, requires_grad=True), torch.enable_grad():
-        calls, num_outputs = _run(model, inputs)
-        dependencies, roots = _dependencies(model, inputs)
-        probe = Probe(model, inputs, {layer: _out_features(layer) for layer in calls})
-        return _Tracer(model, calls, num_outputs, dependencies, roots, probe).graph()
+        calls, answer = run_layers(model, inputs)
+        probe = Probe(model, inputs, {layer: out_features(layer) for layer in calls})
+        _note_rows(calls, probe, {inputs.samples, answer[0]})
+        attentions = find_attentions(calls)
+        names = {module: name for name, module in model.named_modules()}
+        graph = Graph(
+            fingerprint=fingerprint(model),
+            num_outputs=answer[-1],
+            sites=(),
+            groups=(),
+            layers=tuple(_layers(calls, names)),
+            outputs=(),
+            skipped=_weights_without_layer(model),
+        )
+        try:
+            found = dependencies(model, inputs, attentions)
+        except Exception as error:
+            # torch-pruning raises whatever its walk through a model runs into.
+            reason = f"torch-pruning cannot trace the model: {type(error).__name__}: {error}"
+            skipped = dict.fromkeys((names[layer] for layer in calls), reason)
+            graph = replace(graph, skipped={**graph.skipped, **skipped})
+        else:
+            attending = {source for attention in attentions for source in attention.sources}
+            graph = _Tracer(graph, names, calls, attending, *found, probe).graph()
+        graph = with_heads(graph, find_heads(attentions, calls, probe), names, calls)
+    if not graph.sites:
+        reasons = "".join(f"; {name} is left out: {why}" for name, why in graph.skipped.items())
+        raise ValueError(
+            f"{type(model).__name__} has no convolution or linear layer whose neurons "
+            f"another one reads, so there is nothing to slice{reasons}"
+        )
+    return graph
 
 
-def _run(model: nn.Module, inputs: Inputs) -> tuple[dict[nn.Module, _Call], int]:
-    calls: dict[nn.Module, _Call] = {}
-
-    def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        call = calls.setdefault(module, _Call(len(calls)))
-        call.count += 1
-        # A transposed convolution applies its weight once per position of its input.
-        counted = args[0] if isinstance(module, _ConvTransposeNd) else output
-        dim = 1 if isinstance(module, _ConvNd) else -1
-        call.positions += counted.numel() // max(1, counted.shape[0] * counted.shape[dim])
-
-    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, _LAYERS)]
-    try:
-        output = logits_of(inputs.run(model))
-    finally:
-        for handle in handles:
-            handle.remove()
-    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
-    for module, call in calls.items():
-        if call.count > 1:
-            call.problem = "is used more than once in a forward pass"
-        elif "weight" not in module._parameters:
-            call.problem = "has a parametrized weight"
-        elif any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
-            call.problem = "shares a parameter with another module"
-    return calls, output.shape[-1]
+def _note_rows(calls: dict[nn.Module, Call], probe: Probe, samples: set[int]) -> None:
+    """Notes which layers read samples in pieces, and which read something else than samples."""
+    pieces = probe.pieces()
+    for layer, call in calls.items():
+        call.pieces = layer in pieces
+        if call.rows not in samples and not call.pieces and not call.problem:
+            call.problem = f"reads {call.rows} rows that are not samples or parts of them"
 
 
-def _out_features(module: nn.Module) -> int:
-    return module.out_channels if isinstance(module, _ConvNd) else int(module.out_features)  # type: ignore[arg-type]
+def _weights_without_layer(model: nn.Module) -> dict[str, str]:
+    """Modules whose neurons nobody can observe, because no layer computes with their weights."""
+    skipped = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            skipped[name] = "its heads are computed without a call of its output projection"
+        elif not is_layer(module):
+            stacked = [
+                f"{weight} {list(p.shape)}"
+                for weight, p in module.named_parameters(recurse=False)
+                if p.ndim == 3 and min(p.shape) > 1
+            ]
+            if stacked:
+                skipped[name] = f"its weights {', '.join(stacked)} are not those of a layer"
+    return skipped
 
 
-def _in_features(module: nn.Module) -> int:
-    return module.in_channels if isinstance(module, _ConvNd) else int(module.in_features)  # type: ignore[arg-type]
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    return (
-        isinstance(module, _ConvNd)
-        and module.groups > 1
-        and module.groups == module.in_channels == module.out_channels
-    )
-
-
-def _is_grouped(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd) and module.groups > 1 and not _is_depthwise(module)
-
-
-def _weight_dims(module: nn.Module) -> tuple[int, int]:
-    """Dimensions of the weight that hold its outputs and its inputs."""
-    return (1, 0) if isinstance(module, _ConvTransposeNd) else (0, 1)
+def _layers(calls: dict[nn.Module, Call], names: dict[nn.Module, str]) -> list[Layer]:
+    layers = []
+    for module, call in sorted(calls.items(), key=lambda item: item[1].order):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        layers.append(
+            Layer(
+                name=names[module],
+                inputs=in_features(module),
+                outputs=out_features(module),
+                macs=weight.numel() * call.positions,
+                depthwise=is_depthwise(module),
+            )
+        )
+    return layers
 
 
 class _Tracer:
+    """Reads torch-pruning's graph into sites.
+
+    Args:
+        graph: without sites.
+        attending: layers that feed attentions; they are not looked at here.
+        roots: the autograd nodes of the model's output.
+    """
+
     def __init__(
         self,
-        model: nn.Module,
-        calls: dict[nn.Module, _Call],
-        num_outputs: int,
+        graph: Graph,
+        names: dict[nn.Module, str],
+        calls: dict[nn.Module, Call],
+        attending: set[nn.Module],
         dependencies: torch_pruning.DependencyGraph,
         roots: set[object],
         probe: Probe,
     ) -> None:
-        self.model = model
+        self.bare = graph
+        self.names = names
+        self.calls = calls
+        self.attending = attending
+        self.dependencies = dependencies
         self.roots = roots
         self.probe = probe
-        self.calls = calls
-        self.num_outputs = num_outputs
-        self.dependencies = dependencies
-        self.names = {module: name for name, module in model.named_modules()}
         self.nodes: dict[object, Node] = dependencies.module2node
-        self.skipped: dict[str, str] = {}
+        self.skipped = dict(graph.skipped)
 
     def graph(self) -> Graph:
         producers = sorted(
-            (m for m in self.calls if m in self.nodes), key=lambda m: self.calls[m].order
+            (m for m in self.calls if m in self.nodes and m not in self.attending),
+            key=lambda m: self.calls[m].order,
         )
         groups = {producer: self._group(producer) for producer in producers}
         self._try_out(groups)
@@ -202,19 +187,13 @@ class _Tracer:
             else:
                 reason = groups[producer].problem or "no layer reads its neurons one to one"
                 self.skipped[self.names[producer]] = reason
-        sites = self._sites(first_reader, groups)
-        if not sites:
-            raise ValueError(
-                f"{type(self.model).__name__} has no convolution or linear layer whose neurons "
-                "another one reads, so there is nothing to slice"
-            )
-        return self._assemble(sites, groups, outputs)
+        return self._assemble(self._sites(first_reader, groups), groups, outputs)
 
     def _group(self, producer: nn.Module) -> _Group:
         """Reads torch-pruning's group, turning its index lists into (start, repeat)."""
         prune = self.dependencies.get_pruner_of_module(producer).prune_out_channels
         items = self.dependencies.get_pruning_group(
-            producer, prune, list(range(_out_features(producer)))
+            producer, prune, list(range(out_features(producer)))
         )
         group = _Group()
         for item in items:
@@ -223,17 +202,17 @@ class _Tracer:
                 continue
             if module not in self.names:
                 continue  # an operation, not a module: nothing of it is stored
-            neurons = _out_features(producer)
+            neurons = out_features(producer)
             span = _as_span(item.idxs, item.root_idxs, neurons)
             is_output = self.dependencies.is_out_channel_pruning_fn(handler)
-            if isinstance(module, _LAYERS):
+            if is_layer(module):
                 self._add_layer(group, producer, module, span, is_output)
             elif span is not None and isinstance(module, _NormBase):
                 group.norms[module] = span
             elif mixes_neurons(module) or any(True for _ in module.parameters(recurse=False)):
                 kind_name = type(module).__name__
                 group.problem = f"{self.names[module]} ({kind_name}) mixes or transforms neurons"
-        if _is_grouped(producer):
+        if is_grouped(producer):
             group.problem = "it is a grouped convolution"
         if self._reaches_output(producer):
             group.problem = "its neurons are part of the model's output"
@@ -268,35 +247,35 @@ class _Tracer:
         is_output: bool,
     ) -> None:
         """Enters a convolution or linear layer that changes together with the producer."""
-        name, neurons = self.names[module], _out_features(producer)
-        reads = not is_output or _is_depthwise(module)
-        if span is None or (reads and neurons * span[1] + span[0] > _in_features(module)):
+        name, neurons = self.names[module], out_features(producer)
+        reads = not is_output or is_depthwise(module)
+        if span is None or (reads and neurons * span[1] + span[0] > in_features(module)):
             group.problem = f"its neurons do not map one to one to {name}"
-            if reads and neurons == _in_features(module):
+            if reads and neurons == in_features(module):
                 # The map went astray elsewhere in the group; a reader of as many features as the
                 # producer has neurons can still be observed, though nothing may be removed.
                 group.inputs[module] = (0, 1)
             return
-        if is_output or _is_depthwise(module):
+        if is_output or is_depthwise(module):
             group.outputs[module] = span
-            if span != (0, 1) or _out_features(module) != neurons:
+            if span != (0, 1) or out_features(module) != neurons:
                 group.problem = f"it shares only a part of {name}'s neurons"
         if reads:
             group.inputs[module] = span
-        if _is_grouped(module):
+        if is_grouped(module):
             group.problem = f"{name} is a grouped convolution"
 
     def _downstream(self, producer: nn.Module) -> list[nn.Module]:
         """Layers that read the producer's output without another layer in between."""
-        return [n.module for n in _walk(self.nodes[producer], "outputs") if _is_layer(n)]
+        return [n.module for n in _walk(self.nodes[producer], "outputs") if is_layer(n.module)]
 
     def _upstream(self, module: nn.Module) -> list[nn.Module]:
         """Layers whose output the module reads without another layer in between."""
-        return [n.module for n in _walk(self.nodes[module], "inputs") if _is_layer(n)]
+        return [n.module for n in _walk(self.nodes[module], "inputs") if is_layer(n.module)]
 
     def _reaches_output(self, producer: nn.Module) -> bool:
         node = self.nodes[producer]
-        passed = [node, *(n for n in _walk(node, "outputs") if not _is_layer(n))]
+        passed = [node, *(n for n in _walk(node, "outputs") if not is_layer(n.module))]
         return any(n.grad_fn in self.roots or not n.outputs for n in passed)
 
     def _sites(
@@ -310,7 +289,7 @@ class _Tracer:
                 continue
             span = groups[producer].inputs[reader]
             # Readers of one tensor are one place: they have the same predecessor in the graph.
-            width = _out_features(producer)
+            width = out_features(producer)
             place = (*(id(node) for node in self.nodes[reader].inputs), *span, width)
             places.setdefault(place, []).append(producer)
         return sorted(places.values(), key=lambda ps: self.calls[first_reader[ps[0]]].order)
@@ -326,11 +305,18 @@ class _Tracer:
         columns: list[list[Span]] = [[] for _ in sites]
         for module in sorted(self.calls, key=lambda m: self.calls[m].order):
             for i, (start, repeat) in self._governors(module, site_of, groups, "inputs"):
-                dim = 1 if isinstance(module, _ConvNd) else -1
-                readers[i].append(Reader(self.names[module], dim, start, repeat))
-                if not _is_depthwise(module):
+                readers[i].append(
+                    Reader(
+                        self.names[module],
+                        dim_of(module),
+                        start,
+                        repeat,
+                        self.calls[module].pieces,
+                    )
+                )
+                if not is_depthwise(module):
                     weight = f"{self.names[module]}.weight"
-                    columns[i].append(Span(weight, _weight_dims(module)[1], start, repeat))
+                    columns[i].append(Span(weight, weight_dims(module)[1], start, repeat))
         rows = [self._rows(producers) for producers in sites]
         norms = {norm for group in groups.values() for norm in group.norms}
         for norm in sorted(norms, key=lambda m: self.names[m]):
@@ -341,13 +327,12 @@ class _Tracer:
                     if getattr(norm, tensor) is not None
                 ]
         group_of, coupled = self._couple(sites, site_of, groups)
-        return Graph(
-            fingerprint=fingerprint(self.model),
-            num_outputs=self.num_outputs,
+        return replace(
+            self.bare,
             sites=tuple(
                 Site(
                     name=self.names[producers[0]],
-                    neurons=_out_features(producers[0]),
+                    neurons=out_features(producers[0]),
                     group=group_of[i],
                     producers=tuple(self.names[p] for p in producers),
                     readers=tuple(readers[i]),
@@ -357,7 +342,6 @@ class _Tracer:
                 for i, producers in enumerate(sites)
             ),
             groups=coupled,
-            layers=tuple(self._layers()),
             outputs=tuple(self.names[m] for m in outputs),
             skipped=self.skipped,
         )
@@ -382,10 +366,7 @@ class _Tracer:
     def _rows(self, producers: Iterable[nn.Module]) -> list[Span]:
         spans = []
         for producer in producers:
-            name = self.names[producer]
-            spans.append(Span(f"{name}.weight", _weight_dims(producer)[0]))
-            if producer.bias is not None:
-                spans.append(Span(f"{name}.bias", 0))
+            spans += rows_of(producer, self.names[producer])
         return spans
 
     def _couple(
@@ -422,31 +403,11 @@ class _Tracer:
             for i in group:
                 group_of[i] = index
             reasons = [problems[i] for i in group if i in problems]
-            if len({_out_features(sites[i][0]) for i in group}) > 1:
+            if len({out_features(sites[i][0]) for i in group}) > 1:
                 reasons.append("its sites differ in their number of neurons")
             names = tuple(self.names[sites[i][0]] for i in group)
             coupled.append(Group(names, reasons[0] if reasons else ""))
         return group_of, tuple(coupled)
-
-    def _layers(self) -> list[Layer]:
-        layers = []
-        for module, call in sorted(self.calls.items(), key=lambda item: item[1].order):
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            layers.append(
-                Layer(
-                    name=self.names[module],
-                    inputs=_in_features(module),
-                    outputs=_out_features(module),
-                    macs=weight.numel() * call.positions,
-                    depthwise=_is_depthwise(module),
-                )
-            )
-        return layers
-
-
-def _is_layer(node: Node) -> bool:
-    return isinstance(node.module, _LAYERS)
 
 
 def _walk(start: Node, direction: str) -> list[Node]:
@@ -460,7 +421,7 @@ def _walk(start: Node, direction: str) -> list[Node]:
             continue
         seen.add(id(node))
         found.append(node)
-        if not _is_layer(node):
+        if not is_layer(node.module):
             pending.extend(getattr(node, direction))
     return found
 
