@@ -61,7 +61,8 @@ CONFIGS = {
     "mixtral": (
         transformers.MixtralForSequenceClassification,
         transformers.MixtralConfig,
-        LLAMA | {"num_local_experts": 4},
+        # The other implementations of experts do not know float64.
+        LLAMA | {"num_local_experts": 4, "experts_implementation": "eager"},
     ),
 }
 IMAGES = ("vit", "swin")
@@ -113,6 +114,8 @@ class Attending(nn.Module):
             self.queries = nn.Linear(10, width)
             self.pairs = nn.Linear(10, 2 * width)
             self.one = nn.Linear(10, width)
+        if kind == "biased":
+            self.bias = nn.Linear(1, heads)
         self.mixing = nn.Parameter(torch.rand(heads, heads))
         self.project = nn.Linear(width, 10)
         self.inner = nn.Linear(10, 8)
@@ -145,7 +148,12 @@ class Attending(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (y.transpose(1, 2) for y in self.split(x))
-        weights = (q @ k.transpose(2, 3) / 2).softmax(-1)
+        scores = q @ k.transpose(2, 3) / 2
+        if self.kind == "biased":
+            places = torch.arange(x.shape[1], dtype=x.dtype)
+            distances = (places - places.unsqueeze(1)).view(1, x.shape[1], -1, 1)
+            scores = scores + self.bias(distances).permute(0, 3, 1, 2)
+        weights = scores.softmax(-1)
         if self.kind == "talking":
             weights = torch.einsum("nhts,hg->ngts", weights, self.mixing)
         seen = weights @ v

@@ -38,6 +38,10 @@ Layout = tuple[tuple[int, int], ...]
 """(start, repeat) of each range of a source's output features that holds neurons."""
 
 
+IDLE = "queries and keys change nothing in the batch that the model was traced with"
+"""Why nothing can be said of an attention, not even that it is none."""
+
+
 @dataclass(frozen=True)
 class Attention:
     """An attention.
@@ -98,8 +102,9 @@ def with_heads(
         if isinstance(answer, Heads) and not owned.isdisjoint(attention.sources):
             answer = "its attention shares a layer with another one"
         if isinstance(answer, str):
-            left = (source for source in attention.sources if source not in owned)
-            skipped.update((names[source], answer) for source in left)
+            seen = {name for site in sites for name in site.producers}
+            left = (names[source] for source in attention.sources if names[source] not in seen)
+            skipped.update(dict.fromkeys(left, answer))
             continue
         owned.update(attention.sources)
         for source in attention.sources:
@@ -203,6 +208,8 @@ def _search(attention: Attention, calls: Mapping[nn.Module, Call]) -> _Search:
         if calls[layer].problem or is_grouped(layer):
             problem = calls[layer].problem or "is a grouped convolution"
             return f"a layer of its attention {problem}"
+    if calls[reader].unseen:
+        return f"the layer that reads its attention {calls[reader].unseen}"
     width = in_features(reader)
     least = 0
     values = []
@@ -215,7 +222,7 @@ def _search(attention: Attention, calls: Mapping[nn.Module, Call]) -> _Search:
             # query or a key is all features of its heads.
             values.append(source)
     if least < 2:
-        return "queries and keys change nothing in the batch that the model was traced with"
+        return IDLE
     for repeat in range(least, width // 2 + 1):
         if width % repeat:
             continue

@@ -31,6 +31,7 @@ class Call:
         reads: the autograd nodes of what it read, one per call; ``None`` for a leaf.
         writes: those of its outputs.
         problem: why its neurons cannot be told apart from others; empty where they can.
+        unseen: why the neurons that it reads cannot be observed there; empty where they can.
     """
 
     order: int
@@ -41,10 +42,13 @@ class Call:
     reads: list[Any] = field(default_factory=list)
     writes: list[Any] = field(default_factory=list)
     problem: str = ""
+    unseen: str = ""
 
 
 def run_layers(model: nn.Module, inputs: Inputs) -> tuple[dict[nn.Module, Call], torch.Size]:
     """Runs a model whose parameters require gradients; returns its layers and its logits' shape.
+
+    Layers whose output is not one tensor are left out.
 
     Raises:
         TypeError: if it returns no logits.
@@ -52,8 +56,10 @@ def run_layers(model: nn.Module, inputs: Inputs) -> tuple[dict[nn.Module, Call],
     calls: dict[nn.Module, Call] = {}
 
     def note(
-        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: Tensor
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: object
     ) -> None:
+        if not isinstance(output, Tensor):
+            return
         call = calls.setdefault(module, Call(len(calls)))
         call.count += 1
         x = argument(args, kwargs)

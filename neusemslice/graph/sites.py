@@ -47,17 +47,21 @@ class Reader:
     pieces: bool = False
 
     def take(self, x: Tensor, neurons: int) -> Tensor:
-        """The site's part of the module's input ``x``; a neuron's features get a dimension."""
+        """The site's part of the module's input ``x``, with the neurons in ``neuron_dim``.
+
+        Where a neuron has several features, these get a dimension of their own behind the others:
+        ``[N, T, C * repeat]`` becomes ``[N, C, T, repeat]``.
+        """
         part = x.narrow(self.dim, self.start, neurons * self.repeat)
         if self.repeat > 1:
             at = self.dim % x.ndim
-            part = part.reshape(*x.shape[:at], neurons, self.repeat, *x.shape[at + 1 :])
+            part = part.unflatten(at, (neurons, self.repeat)).movedim(at, 1)
         return part
 
     @property
     def neuron_dim(self) -> int:
         """Where the neurons are in what ``take`` returns."""
-        return self.dim - 1 if self.repeat > 1 and self.dim < 0 else self.dim
+        return 1 if self.repeat > 1 else self.dim
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,20 @@
 """Attention heads: found by what a model does, verified on it, or left out with the reason."""
 
 import copy
+import functools
 import json
 
 import pytest
 import torch
-from models import images
-from transformer_models import CONFIGS, Attending, Encoder, batch, transformer
+import transformers
+from models import Pooled, images
+from transformer_models import CONFIGS, LLAMA, Attending, Encoder, batch, transformer
 
 from neusemslice.graph import Graph, Inputs, Reader, Span, trace
 from neusemslice.slicing import Slice
 
 
+@functools.cache
 def traced(name, attention="sdpa", **changes):
     return trace(transformer(name, attention, **changes), Inputs(kwargs=batch(name)))
 
@@ -150,6 +153,7 @@ LAYOUTS = {
     "by group": (2, 6, {"fused": ((0, 12),)}),
     "blocks": (2, 6, {"fused": ((0, 6), (12, 3), (18, 3))}),
     "keys and values": (4, 3, {"queries": ((0, 3),), "pairs": ((0, 3), (12, 3))}),
+    "biased": (4, 3, {"queries": ((0, 3),), "pairs": ((0, 3), (12, 3)), "bias": ((0, 1),)}),
     "keys are values": (4, 3, {"queries": ((0, 3),), "one": ((0, 3),)}),
 }
 
@@ -192,6 +196,11 @@ class TestModelsThatNobodyListed:
     def test_one_token_shows_no_heads(self):
         graph = trace(Attending("by head").eval(), Inputs((images(2, 1, 10),)))
         assert "queries and keys change nothing in the batch" in graph.skipped["fused"]
+
+    def test_a_pooling_by_weights_is_no_attention(self):
+        graph = trace(Pooled(), Inputs((images(2, 5, 12),)))
+        assert [(site.name, site.neurons) for site in graph.sites] == [("first", 8), ("inner", 6)]
+        assert "does not divide into heads" in graph.skipped["weigh"]
 
     def test_shared_layers(self):
         model = Attending("keys are values").eval()
@@ -278,14 +287,29 @@ class TestGraph:
             assert torch.equal(value, before[key]), key
         assert all(module.training for module in model.modules())
         assert all(p.requires_grad and p.grad is None for p in model.parameters())
-        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        for module in model.modules():
+            assert not module._forward_hooks
+            assert not module._forward_pre_hooks
+            assert "forward" not in module.__dict__
+
+    def test_a_search_without_end_is_given_up(self):
+        """Experts in which torch-pruning finds ever new indices."""
+        torch.manual_seed(0)
+        config = LLAMA | {"head_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+        model = transformers.GptOssForSequenceClassification(transformers.GptOssConfig(**config))
+        graph = trace(model, Inputs(kwargs=batch("llama")))
+        assert "the search does not end" in graph.skipped["model.layers.0.self_attn.o_proj"]
+        assert [site.neurons for site in heads_of(graph)] == [2, 2]
 
     def test_heads_are_found_where_torch_pruning_fails(self, monkeypatch):
-        def fail(*args, **options):
+        def fail(self, model, **options):
+            model.register_forward_hook(lambda *_: None)
             raise KeyError("an operator it does not know")
 
         monkeypatch.setattr("torch_pruning.DependencyGraph.build_dependency", fail)
-        graph = traced("llama")
+        model = transformer("llama")
+        graph = trace(model, Inputs(kwargs=batch("llama")))
+        assert not model._forward_hooks
         assert [site.name for site in graph.sites] == [
             f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)
         ]
