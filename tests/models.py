@@ -243,3 +243,46 @@ class Tokens(nn.Module):
         x = self.embed(x)
         x = x + self.outer(F.gelu(self.inner(self.norm(x))))
         return self.head(x.mean(1))
+
+
+class Laid(nn.Module):
+    """Tokens [N, T, 12] whose samples are laid end to end, `kind`, between two layers.
+
+    "in order" keeps a sample's tokens together; "interleaved" puts the first tokens of all samples
+    before the second ones; "constant" reads something that no sample is in.
+    """
+
+    def __init__(self, kind: str, outputs: int = 4) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first = nn.Linear(12, 8)
+        self.second = nn.Linear(8, 6)
+        self.place, self.size = nn.Linear(1, 5), nn.Linear(5, 6)
+        self.head = nn.Linear(6, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, _ = x.shape
+        x = F.relu(self.first(x))
+        if self.kind == "interleaved":
+            y = self.second(x.transpose(0, 1).flatten(0, 1)).view(t, n, 6).transpose(0, 1)
+        else:
+            y = self.second(x.flatten(0, 1)).view(n, t, 6)
+        if self.kind == "constant":
+            y = y * self.size(F.relu(self.place(torch.ones(7, 1))))[:1]
+        return self.head(F.relu(y).mean(1))
+
+
+class Pooled(nn.Module):
+    """Tokens [N, T, 12] pooled by weights that one of their layers gives."""
+
+    def __init__(self, outputs: int = 4) -> None:
+        super().__init__()
+        self.first = nn.Linear(12, 8)
+        self.weigh = nn.Linear(8, 1)
+        self.inner = nn.Linear(8, 6)
+        self.head = nn.Linear(6, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.first(x))
+        x = (self.weigh(x).softmax(1).transpose(1, 2) @ x).squeeze(1)
+        return self.head(F.relu(self.inner(x)))

@@ -1,5 +1,6 @@
 """Which parameters belong to a neuron, where it is observed, and what it is coupled to."""
 
+from neusemslice.graph.dependencies import dependency_graph
 from neusemslice.graph.model import (
     Inputs,
     device_of,
@@ -13,7 +14,7 @@ from neusemslice.graph.model import (
 )
 from neusemslice.graph.sharding import is_sharded, smallest
 from neusemslice.graph.sites import Graph, Group, Layer, Reader, Site, Span
-from neusemslice.graph.trace import dependency_graph, trace
+from neusemslice.graph.trace import trace
 
 __all__ = [
     "Graph",

@@ -11,14 +11,14 @@ keep each neuron in its place.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
+from neusemslice.graph.layers import argument, dim_of, out_features
 from neusemslice.graph.model import Inputs
 
 _MIXING_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -31,16 +31,17 @@ class Probe:
     """Runs a model in evaluation mode with neurons moved.
 
     Args:
-        layers: convolutions and linear layers of the model.
-        neurons: of each layer's output.
+        layers: those that a forward pass calls.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, neurons: Mapping[nn.Module, int]) -> None:
+    def __init__(self, model: nn.Module, inputs: Inputs, layers: Collection[nn.Module]) -> None:
         self.model = model
         self.inputs = inputs
-        self.neurons = neurons
-        self.outputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in neurons}
-        self.plain = self._run(self._keep)
+        self.layers = layers
+        outputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
+        self.plain = self._run(outputs)
+        # A layer that is called more than once has no output of its own to come back to.
+        self.pinned = {layer: made[0] for layer, made in outputs.items() if len(made) == 1}
         self.generator = torch.Generator().manual_seed(0)
 
     def wrong(self, spans: Spans) -> set[tuple[nn.Module, nn.Module]]:
@@ -62,10 +63,38 @@ class Probe:
             if (producer, reader) in pairs
         }
 
+    def changed(
+        self, moved: Mapping[nn.Module, Tensor], readers: Collection[nn.Module]
+    ) -> dict[nn.Module, Tensor]:
+        """For each reader which features of its input change, bool, if neurons are moved.
+
+        Args:
+            moved: the neurons to move in each layer's output, bool.
+        """
+        seen = self._run_moved(moved, 1.0, readers)
+        return {reader: self._changed(reader, seen) for reader in readers}
+
+    def pieces(self) -> set[nn.Module]:
+        """Layers that read each sample as several rows of their input, next to each other.
+
+        Windows of an image are such rows, and the tokens of several texts laid end to end. The
+        first sample alone must give the first of the rows.
+        """
+        samples = self.inputs.samples
+        several = {
+            reader: x
+            for reader, x in self.plain.items()
+            if dim_of(reader) == -1 and x.shape[0] > samples and x.shape[0] % max(1, samples) == 0
+        }
+        if samples < 2 or not several:
+            return set()
+        alone = self._run(inputs=self.inputs.head(1))
+        return {reader for reader, x in several.items() if _starts_with(x, alone.get(reader))}
+
     def _suspects(self, spans: Spans, moved: Spans) -> set[nn.Module]:
         """Readers that see a change outside the features of the moved neurons."""
         half = {
-            producer: torch.rand(self.neurons[producer], generator=self.generator) < 0.5
+            producer: torch.rand(out_features(producer), generator=self.generator) < 0.5
             for producer in moved
         }
         suspects: set[nn.Module] = set()
@@ -75,71 +104,112 @@ class Probe:
                 for reader, (start, repeat) in moved[producer].items():
                     if reader not in self.plain:
                         continue
-                    size = self.plain[reader].shape[_feature_dim(reader, self.plain[reader])]
+                    size = self.plain[reader].shape[dim_of(reader)]
                     features = allowed.setdefault(reader, torch.zeros(size, dtype=torch.bool))
                     part = mask.repeat_interleave(repeat)[: max(0, size - start)]
                     features[start : start + len(part)] |= part
             # Up and down, because a neuron behind a ReLU may only be seen to rise.
             for step in (1.0, -1.0):
-                seen = self._run(functools.partial(self._move, chosen=chosen, step=step))
+                seen = self._run_moved(chosen, step, allowed)
                 for reader, features in allowed.items():
-                    if _changes_others(reader, self.plain[reader], seen.get(reader), features):
+                    if bool((self._changed(reader, seen) & ~features).any()):
                         suspects.add(reader)
         return suspects
 
-    def _keep(self, layer: nn.Module, output: Tensor) -> Tensor:
-        self.outputs[layer].append(output)
-        return output
+    def _run_moved(
+        self, moved: Mapping[nn.Module, Tensor], step: float, readers: Collection[nn.Module]
+    ) -> dict[nn.Module, Tensor]:
+        """What the readers read, with neurons moved and every other output as in the plain run."""
 
-    def _move(
-        self, layer: nn.Module, output: Tensor, chosen: Mapping[nn.Module, Tensor], step: float
-    ) -> Tensor:
-        plain = self.outputs[layer][0] if len(self.outputs[layer]) == 1 else output
-        mask = chosen.get(layer)
-        if mask is None:
-            return plain
-        dim = 1 if isinstance(layer, _ConvNd) else -1
-        shape = [1] * plain.ndim
-        shape[dim] = -1
-        distance = step * (1 + plain.nan_to_num(0, 0, 0).abs().amax())
-        return plain + distance * mask.to(plain.device, plain.dtype).view(shape)
+        def answer(layer: nn.Module, *_: Any, **__: Any) -> Tensor:
+            # The model may write into what it is given.
+            plain = self.pinned[layer].clone()
+            return self._move(plain, layer, moved[layer], step) if layer in moved else plain
 
-    def _run(self, replace: Callable[[nn.Module, Tensor], Tensor]) -> dict[nn.Module, Tensor]:
-        """What each layer reads, when its output is what ``replace`` makes of it."""
+        def move(layer: nn.Module, _: Any, output: Tensor) -> Tensor:
+            return self._move(output, layer, moved[layer], step)
+
+        with ExitStack() as stack:
+            for layer in self.layers:
+                if layer in self.pinned:
+                    # What the layer would compute is not needed, and is most of the work.
+                    stack.enter_context(_stand_in(layer, functools.partial(answer, layer)))
+                elif layer in moved:
+                    stack.callback(layer.register_forward_hook(move).remove)
+            return self._run(readers=readers)
+
+    def _move(self, x: Tensor, layer: nn.Module, mask: Tensor, step: float) -> Tensor:
+        shape = [1] * x.ndim
+        shape[dim_of(layer)] = -1
+        distance = step * (1 + x.nan_to_num(0, 0, 0).abs().amax())
+        # Not equally far everywhere: a softmax does not see what is added to all of its inputs.
+        varied = 1 + torch.rand(x.shape, generator=self.generator).to(x)
+        return x + distance * varied * mask.to(x).view(shape)
+
+    def _run(
+        self,
+        outputs: Mapping[nn.Module, list[Tensor]] | None = None,
+        readers: Collection[nn.Module] | None = None,
+        inputs: Inputs | None = None,
+    ) -> dict[nn.Module, Tensor]:
+        """What the readers, by default all layers, read; fills in what layers write."""
         read: dict[nn.Module, Tensor] = {}
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            read[module] = (args[0] if args else kwargs["input"]).clone()
+            read[module] = argument(args, kwargs).clone()
 
-        def after(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            return replace(module, output)
+        def after(module: nn.Module, args: Any, output: Tensor) -> None:
+            assert outputs is not None
+            outputs[module].append(output.clone())
 
         def through(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             return args[0] if args else output
 
         with ExitStack() as stack, torch.no_grad():
+            for layer in self.layers if readers is None else readers:
+                hook = layer.register_forward_pre_hook(before, with_kwargs=True)
+                stack.callback(hook.remove)
+            for layer in outputs or ():
+                stack.callback(layer.register_forward_hook(after).remove)
             for module in self.model.modules():
-                if module in self.neurons:
-                    pre = module.register_forward_pre_hook(before, with_kwargs=True)
-                    post = module.register_forward_hook(after, with_kwargs=True)
-                    stack.callback(pre.remove)
-                    stack.callback(post.remove)
-                elif mixes_neurons(module):
+                if mixes_neurons(module):
                     stack.callback(module.register_forward_hook(through).remove)
-            self.inputs.run(self.model)
+            (self.inputs if inputs is None else inputs).run(self.model)
         return read
 
+    def _changed(self, reader: nn.Module, seen: Mapping[nn.Module, Tensor]) -> Tensor:
+        """Which features of what a reader reads are not as in the plain run, bool."""
+        before, after = self.plain[reader], seen.get(reader)
+        dim = dim_of(reader)
+        if after is None or after.shape != before.shape:
+            return torch.ones(before.shape[dim], dtype=torch.bool)
+        changed = before != after
+        if before.isnan().any():
+            changed &= ~(before.isnan() & after.isnan())
+        return changed.movedim(dim, -1).flatten(0, -2).any(0).cpu()
 
-def _changes_others(
-    reader: nn.Module, before: Tensor, after: Tensor | None, features: Tensor
-) -> bool:
-    """Whether anything but ``features`` of what a reader reads is different."""
-    if after is None or after.shape != before.shape:
-        return True
-    same = (before == after) | (before.isnan() & after.isnan())
-    dim = _feature_dim(reader, before)
-    changed = (~same).movedim(dim, -1).flatten(0, -2).any(0).cpu()
-    return bool((changed & ~features).any())
+
+@contextmanager
+def _stand_in(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Inside the block the module answers with ``forward``."""
+    own = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+
+def _starts_with(whole: Tensor, part: Tensor | None) -> bool:
+    if part is None or part.shape[1:] != whole.shape[1:]:
+        return False
+    # Sums over batches of other sizes may be rounded otherwise.
+    return torch.allclose(
+        whole[: part.shape[0]], part, rtol=1e-2, atol=1e-3 * float(part.abs().max())
+    )
 
 
 def mixes_neurons(module: nn.Module) -> bool:
@@ -147,7 +217,3 @@ def mixes_neurons(module: nn.Module) -> bool:
     return isinstance(module, _MIXING_NORMS) or type(module).__name__.endswith(
         ("RMSNorm", "LayerNorm")
     )
-
-
-def _feature_dim(layer: nn.Module, x: Tensor) -> int:
-    return 1 if isinstance(layer, _ConvNd) else x.ndim - 1

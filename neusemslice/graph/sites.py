@@ -16,7 +16,8 @@ class Span:
 
     Neuron ``c`` owns the indices ``start + c * repeat … start + (c + 1) * repeat - 1`` of
     dimension ``dim`` of ``tensor`` (its name in the model's state dict). ``repeat`` is above 1
-    where an image was flattened, so that a neuron has one feature per pixel.
+    where an image was flattened, so that a neuron has one feature per pixel, and for an attention
+    head, which has several features.
     """
 
     tensor: str
@@ -34,26 +35,33 @@ class Span:
 class Reader:
     """A module whose input carries a site's neurons, from feature ``start`` on.
 
-    The features are in dimension ``dim`` of the input (1 for convolutions, -1 for linear layers).
+    Neuron ``c`` has the features ``start + c * repeat …`` of dimension ``dim`` of the input (1 for
+    convolutions, -1 for linear layers). With ``pieces`` a sample is several rows of the input,
+    next to each other: the windows of an image, or tokens laid end to end.
     """
 
     module: str
     dim: int
     start: int = 0
     repeat: int = 1
+    pieces: bool = False
 
     def take(self, x: Tensor, neurons: int) -> Tensor:
-        """The site's part of the module's input ``x``; flattened pixels get a dimension again."""
+        """The site's part of the module's input ``x``, with the neurons in ``neuron_dim``.
+
+        Where a neuron has several features, these get a dimension of their own behind the others:
+        ``[N, T, C * repeat]`` becomes ``[N, C, T, repeat]``.
+        """
         part = x.narrow(self.dim, self.start, neurons * self.repeat)
         if self.repeat > 1:
             at = self.dim % x.ndim
-            part = part.reshape(*x.shape[:at], neurons, self.repeat, *x.shape[at + 1 :])
+            part = part.unflatten(at, (neurons, self.repeat)).movedim(at, 1)
         return part
 
     @property
     def neuron_dim(self) -> int:
         """Where the neurons are in what ``take`` returns."""
-        return self.dim - 1 if self.repeat > 1 and self.dim < 0 else self.dim
+        return 1 if self.repeat > 1 else self.dim
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,8 @@ class Site:
         name: of the first producer.
         neurons: how many, ``C``.
         group: index of its coupled group in ``Graph.groups``.
-        producers: the modules whose outputs the neurons are.
+        producers: the modules whose outputs the neurons are; of attention heads the source of
+            values, then those of queries and keys, or the one layer that gives them all.
         readers: the modules that read them; the first is where they are observed, at its input.
         rows: what the neurons own: producers' rows, biases, norm affine and running statistics.
         columns: the weights with which the readers read them.
@@ -116,7 +125,7 @@ class Graph:
         fingerprint: of the model's structure (names and shapes of its tensors).
         num_outputs: size of the last dimension of the model's output.
         sites, groups: see ``Site`` and ``Group``.
-        layers: all convolutions and linear layers.
+        layers: all convolutions and linear layers that a forward pass calls.
         outputs: modules whose neurons are the model's answer.
         skipped: modules that are not observed, and why.
     """

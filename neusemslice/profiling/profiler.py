@@ -359,7 +359,11 @@ def _view(site: Site, x: Tensor, batch: _Batch) -> _View:
         ValueError: naming the site, if they do not fit.
     """
     labels, reader = batch.labels, site.readers[0]
-    has_tokens = x.ndim == 3 and reader.dim == -1
+    windows = reader.pieces and x.ndim > 2
+    if reader.pieces and labels[0] and x.shape[0] % labels[0] == 0:
+        x = x.reshape(labels[0], -1, x.shape[-1])
+    # The tokens of windows are not in the order of the model's input.
+    has_tokens = x.ndim == 3 and reader.dim == -1 and not windows
     if len(labels) == 2:
         if not has_tokens or x.shape[:2] != labels:
             raise ValueError(

@@ -76,6 +76,20 @@ def test_the_rest_of_the_model_can_still_be_maintained(crossed):
         assert torch.equal(grown.model.eval().task("old")(x), crossed(x))
 
 
+def test_a_model_that_writes_into_its_activations():
+    class InPlace(Crossed):
+        def forward(self, x):
+            x = self.first(x)
+            x *= 2
+            x = self.second(torch.relu_(x))
+            x += 1
+            return self.head(torch.relu_(self.plain(x.mean((2, 3)))))
+
+    graph = traced(settled(InPlace("none"), 1, 8, 8))
+    assert [site.name for site in graph.sites] == ["first", "second", "plain"]
+    assert not any(group.kept_whole for group in graph.groups)
+
+
 class TestSharedAndComputedWeights:
     def test_tied_layers_are_left_out(self):
         model = settled(Tied(), 12)

@@ -4,7 +4,17 @@ import json
 
 import pytest
 import torch
-from models import IMAGES, Concatenated, Depthwise, Grouped, Mlp, PaddedShortcut, Residual, Reused
+from models import (
+    IMAGES,
+    Concatenated,
+    Depthwise,
+    Grouped,
+    Laid,
+    Mlp,
+    PaddedShortcut,
+    Residual,
+    Reused,
+)
 from models import lenet as make_lenet
 from torch import nn
 
@@ -89,6 +99,31 @@ class TestGroups:
         assert "used more than once" in graph.skipped["twice"]
 
 
+class TestRows:
+    """A reader's first dimension: samples, pieces of samples, or something else."""
+
+    def traced(self, kind, samples=3):
+        return trace(Laid(kind), Inputs((torch.randn(samples, 5, 12),)))
+
+    def test_samples_in_pieces(self):
+        graph = self.traced("in order")
+        assert graph.site("first").readers[0].pieces
+        assert not graph.site("second").readers[0].pieces
+
+    @pytest.mark.parametrize(("kind", "samples"), [("interleaved", 3), ("in order", 1)])
+    def test_pieces_that_cannot_be_assigned(self, kind, samples):
+        graph = self.traced(kind, samples)
+        rows = 5 * samples
+        assert graph.skipped["first"] == (
+            f"second reads {rows} rows that are not samples or parts of them"
+        )
+        assert [site.name for site in graph.sites] == ["second"]
+
+    def test_constants(self):
+        skipped = self.traced("constant").skipped
+        assert skipped["place"] == "size reads 7 rows that are not samples or parts of them"
+
+
 class TestLayers:
     def test_multiply_adds(self):
         macs = {layer.name: layer.macs for layer in trace(make_lenet(), IMAGE).layers}
@@ -107,6 +142,26 @@ class TestLayers:
         assert graph.site("1").rows[0] == Span("1.weight", 1)
         assert graph.site("0").columns == (Span("1.weight", 0),)
         assert next(x.macs for x in trace(Depthwise(), IMAGE).layers if x.depthwise) == 8 * 9 * 64
+
+
+class TestOddLayers:
+    def test_a_layer_that_returns_no_tensor(self):
+        class Pair(nn.Linear):
+            def forward(self, x):
+                return super().forward(x), None
+
+        class Model(Mlp):
+            def __init__(self):
+                super().__init__()
+                self.first = Pair(12, 16)
+
+            def forward(self, x):
+                return self.head(self.second(self.first(x)[0]).relu())
+
+        model = Model()
+        graph = trace(model, VECTOR)
+        assert "first" not in {layer.name for layer in graph.layers}
+        assert not any(m._forward_hooks for m in model.modules())
 
 
 class TestModelIsLeftAlone:

@@ -1,0 +1,159 @@
+"""Layers: the modules whose output features are neurons, and what a forward pass shows of them.
+
+A layer is a convolution, a linear layer, or a linear layer that stores its weight as [in, out], as
+transformers' GPT-2 does. The last is recognised by what it has, so transformers is not needed here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from neusemslice.graph.model import Inputs, logits_of
+from neusemslice.graph.sites import Span
+
+
+@dataclass
+class Call:
+    """What one forward pass showed of a layer.
+
+    Attributes:
+        order: in which layers were first called.
+        count: how often.
+        positions: at which the weight was applied, per sample.
+        rows: size of the first dimension of what it reads.
+        pieces: whether several rows belong to one sample, next to each other.
+        reads: the autograd nodes of what it read, one per call; ``None`` for a leaf.
+        writes: those of its outputs.
+        problem: why its neurons cannot be told apart from others; empty where they can.
+        unseen: why the neurons that it reads cannot be observed there; empty where they can.
+    """
+
+    order: int
+    count: int = 0
+    positions: int = 0
+    rows: int = 0
+    pieces: bool = False
+    reads: list[Any] = field(default_factory=list)
+    writes: list[Any] = field(default_factory=list)
+    problem: str = ""
+    unseen: str = ""
+
+
+def run_layers(model: nn.Module, inputs: Inputs) -> tuple[dict[nn.Module, Call], torch.Size]:
+    """Runs a model whose parameters require gradients; returns its layers and its logits' shape.
+
+    Layers whose output is not one tensor are left out.
+
+    Raises:
+        TypeError: if it returns no logits.
+    """
+    calls: dict[nn.Module, Call] = {}
+
+    def note(
+        module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: object
+    ) -> None:
+        if not isinstance(output, Tensor):
+            return
+        call = calls.setdefault(module, Call(len(calls)))
+        call.count += 1
+        x = argument(args, kwargs)
+        call.rows = x.shape[0]
+        call.reads.append(x.grad_fn)
+        call.writes.append(output.grad_fn)
+        # A transposed convolution applies its weight once per position of its input.
+        counted = x if isinstance(module, _ConvTransposeNd) else output
+        call.positions += counted.numel() // max(
+            1, counted.shape[0] * counted.shape[dim_of(module)]
+        )
+
+    handles = [
+        m.register_forward_hook(note, with_kwargs=True) for m in model.modules() if is_layer(m)
+    ]
+    try:
+        output = logits_of(inputs.run(model))
+    finally:
+        for handle in handles:
+            handle.remove()
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    for module, call in calls.items():
+        if call.count > 1:
+            call.problem = "is used more than once in a forward pass"
+        elif "weight" not in module._parameters:
+            call.problem = "has a parametrized weight"
+        elif any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
+            call.problem = "shares a parameter with another module"
+    return calls, output.shape
+
+
+def argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """What a layer was called with, in a hook that sees its arguments."""
+    x = args[0] if args else kwargs["input"]
+    assert isinstance(x, Tensor)
+    return x
+
+
+def is_layer(module: object) -> bool:
+    """Whether its output features are neurons."""
+    return isinstance(module, (_ConvNd, nn.Linear)) or is_transposed_linear(module)
+
+
+def is_transposed_linear(module: object) -> bool:
+    """Whether it is a linear layer with ``nx`` inputs, ``nf`` outputs and a weight [nx, nf]."""
+    if not isinstance(module, nn.Module):
+        return False
+    weight = getattr(module, "weight", None)
+    sizes = [getattr(module, "nx", None), getattr(module, "nf", None)]
+    return isinstance(weight, Tensor) and list(weight.shape) == sizes
+
+
+def dim_of(layer: nn.Module) -> int:
+    """The dimension of its input and output that holds the neurons."""
+    return 1 if isinstance(layer, _ConvNd) else -1
+
+
+def out_features(layer: nn.Module) -> int:
+    """Number of its output neurons."""
+    if isinstance(layer, _ConvNd):
+        return layer.out_channels
+    return int(layer.nf if is_transposed_linear(layer) else layer.out_features)  # type: ignore[arg-type]
+
+
+def in_features(layer: nn.Module) -> int:
+    """Number of its input neurons."""
+    if isinstance(layer, _ConvNd):
+        return layer.in_channels
+    return int(layer.nx if is_transposed_linear(layer) else layer.in_features)  # type: ignore[arg-type]
+
+
+def weight_dims(layer: nn.Module) -> tuple[int, int]:
+    """Dimensions of the weight that hold its outputs and its inputs."""
+    turned = isinstance(layer, _ConvTransposeNd) or is_transposed_linear(layer)
+    return (1, 0) if turned else (0, 1)
+
+
+def rows_of(layer: nn.Module, name: str, start: int = 0, repeat: int = 1) -> list[Span]:
+    """What neurons own of the layer that makes them."""
+    spans = [Span(f"{name}.weight", weight_dims(layer)[0], start, repeat)]
+    if layer.bias is not None:
+        spans.append(Span(f"{name}.bias", 0, start, repeat))
+    return spans
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether each of its neurons reads only its own predecessor."""
+    return (
+        isinstance(module, _ConvNd)
+        and module.groups > 1
+        and module.groups == module.in_channels == module.out_channels
+    )
+
+
+def is_grouped(module: nn.Module) -> bool:
+    """Whether its neurons read groups of predecessors."""
+    return isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module)
