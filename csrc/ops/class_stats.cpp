@@ -162,12 +162,18 @@ ClassBatch checked_batch(const ClassState& state, at::Device device, const at::T
     check_device(*mask, device, op, "mask");
     batch.mask = mask->contiguous();
   }
-  // Pixels and tokens are read through one stride. Where they have none (a permuted tensor that is
-  // neither contiguous nor channels_last), the batch is copied once.
-  batch.x = joint_stride(x, position_dims) >= 0 ? x : x.contiguous();
-  batch.stride_n = batch.x.stride(0);
-  batch.stride_p = joint_stride(batch.x, position_dims);
-  batch.stride_c = batch.x.stride(neurons_at);
+  batch.x = x;
+  batch.stride_n = x.stride(0);
+  batch.stride_p = joint_stride(x, position_dims);
+  batch.stride_c = x.stride(neurons_at);
+  if (batch.stride_p < 0) {
+    // Pixels and tokens are read through one stride. Where they have none (neurons between them, or
+    // a permuted tensor), the batch is copied once.
+    batch.x = x.movedim(neurons_at, 1).contiguous();
+    batch.stride_n = batch.x.stride(0);
+    batch.stride_p = 1;
+    batch.stride_c = batch.positions;
+  }
   return batch;
 }
 

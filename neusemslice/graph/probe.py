@@ -43,6 +43,7 @@ class Probe:
         # A layer that is called more than once has no output of its own to come back to.
         self.pinned = {layer: made[0] for layer, made in outputs.items() if len(made) == 1}
         self.generator = torch.Generator().manual_seed(0)
+        self.sizes: dict[nn.Module, Tensor] = {}
 
     def wrong(self, spans: Spans) -> set[tuple[nn.Module, nn.Module]]:
         """The pairs of producer and reader whose neurons do not arrive as their span says."""
@@ -141,10 +142,16 @@ class Probe:
     def _move(self, x: Tensor, layer: nn.Module, mask: Tensor, step: float) -> Tensor:
         shape = [1] * x.ndim
         shape[dim_of(layer)] = -1
-        distance = step * (1 + x.nan_to_num(0, 0, 0).abs().amax())
+        if layer not in self.sizes:
+            self.sizes[layer] = 1 + x.nan_to_num(0, 0, 0).abs().amax()
+        distance = step * self.sizes[layer] * mask.to(x).view(shape)
         # Not equally far everywhere: a softmax does not see what is added to all of its inputs.
-        varied = 1 + torch.rand(x.shape, generator=self.generator).to(x)
-        return x + distance * varied * mask.to(x).view(shape)
+        for dim, size in enumerate(x.shape):
+            along = [1] * x.ndim
+            along[dim] = size
+            varied = 1 + torch.rand(size, generator=self.generator).to(x)
+            distance = distance * varied.view(along)
+        return x + distance
 
     def _run(
         self,

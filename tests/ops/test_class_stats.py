@@ -146,6 +146,24 @@ class TestValues:
         labels = labels_for(6, 2, device)
         assert_matches(observe(x, labels, 2), reference.class_stats(x.cpu(), labels.cpu(), 2))
 
+    @pytest.mark.parametrize("masked", [False, True])
+    @pytest.mark.parametrize("neuron_dim", [1, 2, -2, 3])
+    def test_neurons_between_positions(self, neuron_dim, masked, device):
+        x = torch.randn(6, 5, 4, 3, device=device)
+        labels = labels_for(6, 2, device)
+        shape = list(x.shape)
+        del shape[neuron_dim]
+        mask = torch.rand(shape, device=device) > 0.3 if masked else None
+        state = observe(x, labels, 2, neuron_dim=neuron_dim, mask=mask)
+        expected = reference.class_stats(
+            x.cpu(),
+            labels.cpu(),
+            2,
+            mask=None if mask is None else mask.cpu(),
+            neuron_dim=neuron_dim,
+        )
+        assert_matches(state, expected)
+
     @pytest.mark.parametrize("neuron_dim", [2, -1])
     def test_tokens_with_mask_and_weights(self, neuron_dim, device):
         x = torch.randn(10, 6, 33, device=device)
