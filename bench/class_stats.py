@@ -317,7 +317,7 @@ def main() -> None:
             harness.measure(
                 workload(case, with_compile=not quick),
                 rounds=3 if quick else 15,
-                patience=0.5 if quick else 20.0,
+                patience=0.5 if quick else 5.0,
             )
         )
         torch.compiler.reset()

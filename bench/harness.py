@@ -107,7 +107,7 @@ def _busy_seconds() -> float:
     return (user + nice + system + sum(rest[:3])) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(workload: Workload, rounds: int, patience: float = 20.0) -> Result:
+def measure(workload: Workload, rounds: int, patience: float) -> Result:
     """Checks a workload, warms everything up, and times it.
 
     `patience` is how many seconds a round waits at most for other processes to leave.

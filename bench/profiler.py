@@ -134,7 +134,7 @@ def main() -> None:
     console = Console(width=140)
     section = Section("profiler", "Observing a model", NOTE, COLUMNS, [])
     for name in MODELS:
-        section.results.append(measure(name, batch=8 if quick else 64, rounds=4 if quick else 12))
+        section.results.append(measure(name, batch=8 if quick else 64, rounds=4 if quick else 6))
         console.print(f"{name}: done", style="dim")
     section.show(console)
     if not quick:
