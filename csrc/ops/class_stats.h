@@ -20,10 +20,12 @@
 //   in `nonfinite` (once per class of its sample) and enters the sums as 0 and the maximum not at
 //   all. Sums are taken in a fixed order, so the result has the same bits each time, at any number
 //   of threads and on any CPU. They are in float64, except that the CPU kernel adds float32,
-//   float16 and bfloat16 in float32 first: up to eight rows as deviations from a value near the
-//   mean, up to sixteen values of a plane as they are. That costs `mean` about 1e-7 of the standard
-//   deviation (planes: of the mean absolute value) and `m2` about 1e-7 of itself, (1 + z^2) times
-//   that where a class is new and its first value lies z standard deviations from its mean.
+//   float16 and bfloat16 in float32 first: up to eight rows as deviations from a shift (the class's
+//   mean so far, or its first row), up to sixteen values of a plane as they are. With u = 2^-24,
+//   that changes a sum of rows by at most 8u times the sum of its absolute terms, a sum of squares
+//   by 10u times itself, and a plane's mean by 16u times its mean absolute value; by one or two u
+//   as a rule. A shift far from the mean is the worst case for `m2`: a new class whose first row
+//   lies z standard deviations from its mean has (1 + z^2) times as much to add.
 //
 // class_stats_merge_: adds the state `other` to a state; the empty state is neutral.
 //
