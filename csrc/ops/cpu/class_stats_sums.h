@@ -4,14 +4,14 @@
 //
 // Up to eight rows (sixteen of a plane) are added in registers, in the type that the values are
 // computed in (float32 unless they are float64), then into float64. Rows are added as deviations
-// from a value near their mean, so that nothing cancels in their squares.
+// from a value near their mean, so that nothing cancels in their squares. Sixteen rows would take a
+// tenth less time in cache, but lose half a digit and overflow sooner.
 
 enum Statistic : unsigned { kMean = 1, kM2 = 2, kMeanAbs = 4, kMax = 8, kActive = 16 };
 
-constexpr int kGroup = 8;           // rows that are added in registers
-constexpr int kPlaneGroup = 16;     // rows of a plane that are
-constexpr int kPlanesAhead = 3;     // planes between prefetch and use
-constexpr int64_t kStepsAhead = 8;  // steps between prefetch and use
+constexpr int kGroup = 8;        // rows that are added in registers
+constexpr int kPlaneGroup = 16;  // rows of a plane that are
+constexpr int kPlanesAhead = 3;  // planes between prefetch and use
 
 template <typename T>
 using ValueOf = decltype(to_value(T{}));
@@ -49,25 +49,43 @@ NSS_INLINE void add_to(double* total, const Lanes<double>& part) {
   (Lanes<double>::load(total) + part).store(total);
 }
 
+// Asks for R rows line by line, in the order in which they lie: memory answers that faster than the
+// order in which they are used.
+template <typename T, int R>
+class RowsAhead {
+  static constexpr int64_t kLine = 64;
+  static constexpr int64_t kEachStep = (R * sizeof(T) * kStep + kLine - 1) / kLine;
+
+ public:
+  RowsAhead(const T* const* rows, int64_t steps)
+      : rows_(rows), bytes_(steps * kStep * static_cast<int64_t>(sizeof(T))) {}
+
+  // A step's share.
+  NSS_INLINE void ask() {
+    for (int64_t i = 0; i < kEachStep && row_ < R; ++i) {
+      __builtin_prefetch(reinterpret_cast<const char*>(rows_[row_]) + at_, 0, 2);
+      if ((at_ += kLine) >= bytes_) {
+        at_ = 0;
+        ++row_;
+      }
+    }
+  }
+
+ private:
+  const T* const* rows_;
+  int64_t bytes_;
+  int64_t row_ = 0;
+  int64_t at_ = 0;
+};
+
 // Adds R rows of `steps` times sixteen neurons to `sums`. `next` is where the reader goes after
 // them.
 template <typename T, unsigned M, int R>
 void add_rows(const T* const* rows, const T* const* next, int64_t steps, Sums<ValueOf<T>>* sums) {
   using V = ValueOf<T>;
-  constexpr int kLines = sizeof(T) * kStep >= 64 ? sizeof(T) * kStep / 64 : 1;
-  constexpr int64_t kStepsPerLine = sizeof(T) * kStep >= 64 ? 1 : 64 / (sizeof(T) * kStep);
+  RowsAhead<T, R> ahead(next, steps);
   for (int64_t j = 0; j < steps; ++j, ++sums) {
-    if (j % kStepsPerLine == 0) {
-      const bool same = j + kStepsAhead < steps;
-      const T* const* from = same ? rows : next;
-      const int64_t at =
-          (same ? j + kStepsAhead : std::min(j + kStepsAhead - steps, steps - 1)) * kStep;
-      for (int r = 0; r < R; ++r) {
-        for (int line = 0; line < kLines; ++line) {
-          __builtin_prefetch(reinterpret_cast<const char*>(from[r] + at) + 64 * line);
-        }
-      }
-    }
+    ahead.ask();
     Lanes<V> sum, squares, abs, max;
     Counts<V> active;
     const Lanes<V> shift = Lanes<V>::load(sums->shift);

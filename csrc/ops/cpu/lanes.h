@@ -157,6 +157,16 @@ struct Counts {
   typename Lanes<V>::Bits r[Lanes<V>::kRegisters] = {};
 
   NSS_INLINE void add_positive(const Lanes<V>& a) {
+#if NSS_LANE_BYTES == 64
+    // gcc makes lanes of the comparison's mask before it subtracts them.
+    if constexpr (sizeof(V) == 4) {
+      const __mmask16 positive =
+          _mm512_cmp_ps_mask((__m512)a.r[0], _mm512_setzero_ps(), _CMP_GT_OQ);
+      const __m512i count = (__m512i)r[0];
+      r[0] = (decltype(+r[0]))_mm512_mask_add_epi32(count, positive, count, _mm512_set1_epi32(1));
+      return;
+    }
+#endif
     NSS_EACH(Lanes<V>::kRegisters, r[i] -= (a.r[i] > typename Lanes<V>::Register{}));
   }
   NSS_INLINE Lanes<V> values() const {
