@@ -74,6 +74,48 @@ def class_stats(
     return state
 
 
+def contribution(
+    x: Tensor,
+    g: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    neuron_dim: int = 1,
+) -> ClassStats:
+    """The contributions of all samples of ``x`` and ``g`` at once, sample by sample, in float64.
+
+    Shapes as ``ops.contribution_``, labels as ``ops.class_order``.
+    """
+    samples, neurons = x.shape[0], x.shape[neuron_dim]
+    products = (
+        (x.double() * g.double())
+        .movedim(neuron_dim, -1)
+        .reshape(samples, math.prod(x.shape[1:]) // max(neurons, 1), neurons)
+    )
+    state = ClassStats.empty(num_classes, neurons, ("mean",))
+    state.mean_abs = torch.zeros(num_classes, neurons, dtype=torch.float64)
+    assert state.mean is not None
+    if labels.ndim == 1:
+        labels = labels.unsqueeze(1) == torch.arange(num_classes)
+    for k in range(num_classes):
+        for n in range(samples):
+            w = float(labels[n, k]) * (1.0 if weight is None else float(weight[n]))
+            kept = products[n] if mask is None else products[n][mask[n].flatten()]
+            if w == 0 or len(kept) == 0:
+                continue
+            state.nonfinite += (~kept.isfinite()).sum(0)
+            q = kept.where(kept.isfinite(), 0.0).mean(0)
+            state.count[k] += w
+            state.positions[k] += w
+            state.mean[k] += w * q
+            state.mean_abs[k] += w * q.abs()
+        if state.count[k] > 0:
+            state.mean[k] /= state.count[k]
+            state.mean_abs[k] /= state.count[k]
+    return state
+
+
 def bitset_pack(bits: Tensor) -> Tensor:
     """Words of the sets, one element after the other, in Python's integers."""
     *outer, size = bits.shape

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from neusemslice import _C
+
 
 @contextmanager
 def num_threads(count: int) -> Iterator[None]:
@@ -16,6 +18,17 @@ def num_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def each_capability() -> Iterator[str]:
+    """Makes the CPU kernels use each instruction set that works here in turn."""
+    used = _C.build_info()["cpu_capability"]
+    try:
+        for name in _C.cpu_capabilities():
+            _C.set_cpu_capability(name)
+            yield name
+    finally:
+        _C.set_cpu_capability(used)
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

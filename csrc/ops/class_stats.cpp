@@ -107,19 +107,39 @@ ClassState checked_state(const char* op, const char* prefix, const at::Tensor& c
   };
 }
 
-ClassBatch checked_batch(const ClassState& state, at::Device device, const at::Tensor& x,
-                         const at::Tensor& order, const at::Tensor& offsets,
-                         const OptionalTensor& share, const OptionalTensor& weight,
-                         const OptionalTensor& mask, int64_t neuron_dim) {
-  const char* op = "class_stats_";
-  check_floating(x, op, "x");
-  check_device(x, device, op, "x");
+ClassOperand class_operand(const at::Tensor& x, int64_t neurons_at) {
+  std::vector<int64_t> position_dims;
+  int64_t positions = 1;
+  for (int64_t d = 1; d < x.dim(); ++d) {
+    if (d == neurons_at) continue;
+    position_dims.push_back(d);
+    positions *= x.size(d);
+  }
+  const int64_t stride_p = joint_stride(x, position_dims);
+  if (stride_p >= 0) return {x, x.stride(0), stride_p, x.stride(neurons_at)};
+  // Pixels and tokens are read through one stride. Where they have none (neurons between them, or
+  // a permuted tensor), the batch is copied once.
+  const at::Tensor copy = x.movedim(neurons_at, 1).contiguous();
+  return {copy, copy.stride(0), 1, positions};
+}
+
+int64_t checked_neuron_dim(const char* op, const at::Tensor& x, int64_t neuron_dim) {
   TORCH_CHECK_VALUE(x.dim() >= 2, op, ": x must have a sample and a neuron dimension, got ",
                     describe(x));
   const int64_t neurons_at = neuron_dim < 0 ? neuron_dim + x.dim() : neuron_dim;
   TORCH_CHECK_VALUE(neurons_at >= 1 && neurons_at < x.dim(), op,
                     ": neuron_dim must name a dimension of x other than the samples' 0, got ",
                     neuron_dim, " for x ", describe(x));
+  return neurons_at;
+}
+
+ClassBatch checked_batch(const char* op, const ClassState& state, at::Device device,
+                         const at::Tensor& x, const at::Tensor& order, const at::Tensor& offsets,
+                         const OptionalTensor& share, const OptionalTensor& weight,
+                         const OptionalTensor& mask, int64_t neuron_dim) {
+  check_floating(x, op, "x");
+  check_device(x, device, op, "x");
+  const int64_t neurons_at = checked_neuron_dim(op, x, neuron_dim);
   TORCH_CHECK_VALUE(x.size(neurons_at) == state.neurons, op, ": x must have ", state.neurons,
                     " neurons in dimension ", neurons_at, ", got ", describe(x));
   check_dtype(order, at::kLong, op, "order");
@@ -136,14 +156,11 @@ ClassBatch checked_batch(const ClassState& state, at::Device device, const at::T
   check_device(offsets, device, op, "offsets");
   check_contiguous(offsets, op, "offsets");
 
-  std::vector<int64_t> position_dims;
   std::vector<int64_t> mask_shape{x.size(0)};
-  ClassBatch batch;
+  ClassBatch batch{class_operand(x, neurons_at), {}, {}, {}, 0, 1};
   batch.samples = x.size(0);
-  batch.positions = 1;
   for (int64_t d = 1; d < x.dim(); ++d) {
     if (d == neurons_at) continue;
-    position_dims.push_back(d);
     mask_shape.push_back(x.size(d));
     batch.positions *= x.size(d);
   }
@@ -161,18 +178,6 @@ ClassBatch checked_batch(const ClassState& state, at::Device device, const at::T
     check_shape(*mask, mask_shape, op, "mask");
     check_device(*mask, device, op, "mask");
     batch.mask = mask->contiguous();
-  }
-  batch.x = x;
-  batch.stride_n = x.stride(0);
-  batch.stride_p = joint_stride(x, position_dims);
-  batch.stride_c = x.stride(neurons_at);
-  if (batch.stride_p < 0) {
-    // Pixels and tokens are read through one stride. Where they have none (neurons between them, or
-    // a permuted tensor), the batch is copied once.
-    batch.x = x.movedim(neurons_at, 1).contiguous();
-    batch.stride_n = batch.x.stride(0);
-    batch.stride_p = 1;
-    batch.stride_c = batch.positions;
   }
   return batch;
 }

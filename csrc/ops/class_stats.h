@@ -69,16 +69,19 @@ void class_stats_merge_(const at::Tensor& count, const at::Tensor& positions,
 // What the CPU and the CUDA kernels share: checked tensors, reduced to raw pointers and strides.
 
 // x[n, p, c] lies at x + n * stride_n + p * stride_p + c * stride_c.
-struct ClassBatch {
-  at::Tensor x;       // keeps alive a copy made when the positions had no single stride
+struct ClassOperand {
+  at::Tensor x;  // keeps alive a copy made when the positions had no single stride
+  int64_t stride_n;
+  int64_t stride_p;
+  int64_t stride_c;
+};
+
+struct ClassBatch : ClassOperand {
   at::Tensor mask;    // bool [N, P] contiguous, or undefined
   at::Tensor share;   // float64 [entries of order] contiguous, or undefined
   at::Tensor weight;  // float64 [N] contiguous, or undefined
   int64_t samples;
   int64_t positions;
-  int64_t stride_n;
-  int64_t stride_p;
-  int64_t stride_c;
 };
 
 // Checks a state's tensors; `prefix` ("" or "other_") goes before their names in messages.
@@ -88,8 +91,13 @@ ClassState checked_state(const char* op, const char* prefix, const at::Tensor& c
                          const OptionalTensor& mean_abs, const OptionalTensor& max,
                          const OptionalTensor& active);
 
-ClassBatch checked_batch(const ClassState& state, at::Device device, const at::Tensor& x,
-                         const at::Tensor& order, const at::Tensor& offsets,
+// The dimension of x that holds the neurons, from 1 on.
+int64_t checked_neuron_dim(const char* op, const at::Tensor& x, int64_t neuron_dim);
+
+ClassOperand class_operand(const at::Tensor& x, int64_t neurons_at);
+
+ClassBatch checked_batch(const char* op, const ClassState& state, at::Device device,
+                         const at::Tensor& x, const at::Tensor& order, const at::Tensor& offsets,
                          const OptionalTensor& share, const OptionalTensor& weight,
                          const OptionalTensor& mask, int64_t neuron_dim);
 

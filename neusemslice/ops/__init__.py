@@ -18,6 +18,7 @@ from neusemslice.ops.class_stats import (  # noqa: E402
     class_stats_,
     class_stats_merge_,
 )
+from neusemslice.ops.contribution import CONTRIBUTION_STATISTICS, contribution_  # noqa: E402
 from neusemslice.ops.masked_optim import masked_adamw_, masked_sgd_  # noqa: E402
 from neusemslice.ops.similarity import (  # noqa: E402
     Edges,
@@ -30,6 +31,7 @@ from neusemslice.ops.similarity import (  # noqa: E402
 )
 
 __all__ = [
+    "CONTRIBUTION_STATISTICS",
     "STATISTICS",
     "ClassOrder",
     "ClassStats",
@@ -41,6 +43,7 @@ __all__ = [
     "class_order",
     "class_stats_",
     "class_stats_merge_",
+    "contribution_",
     "masked_adamw_",
     "masked_sgd_",
     "pairwise_similarity",

@@ -15,13 +15,15 @@ from torch import Tensor
 
 from neusemslice import _files
 from neusemslice.graph import Graph
-from neusemslice.ops import STATISTICS, ClassStats, class_stats_merge_
+from neusemslice.ops import (
+    CONTRIBUTION_STATISTICS,
+    STATISTICS,
+    ClassStats,
+    class_stats_merge_,
+)
 
 METRICS = ("avg", "var", "taylor")
 """Contribution metrics that a profile can be made for."""
-
-CONTRIBUTION_STATISTICS = ("mean", "mean_abs")
-"""Statistics kept of ``a · g``."""
 
 
 @dataclass

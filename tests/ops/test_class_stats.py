@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import layouts, num_threads, same_bits
+from helpers import each_capability, layouts, num_threads, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -324,21 +324,13 @@ class TestDeterminism:
         assert_same_bits(observe(x, labels, 5), observe(x, labels, 5))
 
 
-@pytest.fixture
-def each_capability():
-    """Names of the instruction sets that work here; the one in use comes back afterwards."""
-    used = _C.build_info()["cpu_capability"]
-    yield _C.cpu_capabilities()
-    _C.set_cpu_capability(used)
-
-
 class TestCapabilities:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize(
         "case",
         ["rows", "odd", "one", "weights", "planes", "channels_last", "tokens", "mean", "max"],
     )
-    def test_same_bits_on_every_instruction_set(self, case, dtype, each_capability):
+    def test_same_bits_on_every_instruction_set(self, case, dtype):
         labels = torch.randint(0, 3, (40,))
         options: dict = {}
         statistics = STATISTICS
@@ -361,8 +353,7 @@ class TestCapabilities:
         if x.is_contiguous():
             x.view(-1)[7] = torch.nan
         states = []
-        for name in each_capability:
-            _C.set_cpu_capability(name)
+        for name in each_capability():
             assert _C.build_info()["cpu_capability"] == name
             state = ClassStats.empty(3, x.shape[options.get("neuron_dim", 1)], statistics)
             for _ in range(2):

@@ -2,41 +2,17 @@
 
 #if defined(__x86_64__)
 
-#if defined(__GNUC__) && !defined(__clang__)
-// gcc warns of the operands that its own header leaves undefined on purpose.
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
-
-#include <immintrin.h>
-
-#include <algorithm>
-#include <array>
-#include <cmath>
-#include <iterator>
-#include <limits>
-#include <type_traits>
-#include <utility>
-#include <vector>
-
 #include "ops/cpu/class_stats_job.h"
-#include "ops/cpu/elements.h"
+// The code of one instruction set begins here.
+#include "ops/cpu/begin_avx512.h"
 
-// Only what follows may use the wider registers: an inline function of the headers above that was
-// compiled for them could be linked into code that every processor runs.
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,f16c"))), \
-                             apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,f16c")
-#endif
-
-#define NSS_LANE_BYTES 64
 namespace neusemslice::cpu {
 namespace {
-#include "ops/cpu/lanes.h"
 // Each in terms of the one before.
+#include "ops/cpu/lanes.h"
+
+#include "ops/cpu/class_sums.h"
+
 #include "ops/cpu/class_stats_sums.h"
 
 #include "ops/cpu/class_stats_body.h"
@@ -47,10 +23,6 @@ void accumulate_classes_avx512(const ClassJob& job, int64_t first, int64_t last)
 }
 }  // namespace neusemslice::cpu
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
+#include "ops/cpu/end_isa.h"
 
 #endif

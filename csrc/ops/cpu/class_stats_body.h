@@ -1,5 +1,5 @@
 // From sums to the state: how class_stats_ walks through classes, samples and neurons. Compiled
-// once per instruction set, after class_stats_sums.h; class_stats_job.h says what it is given.
+// once per instruction set, after class_stats_sums.h; class_job.h says what it is given.
 //
 // Values that are not finite are not looked for on the way. They leave the sums of their class not
 // finite, and those sixteen neurons of that class are then added again from cleaned copies.
@@ -14,21 +14,20 @@ class Accumulator {
  public:
   explicit Accumulator(const ClassJob& job)
       : job_(job),
-        x_(static_cast<const T*>(job.x)),
         selected_(selected_statistics(job.state)),
         add_samples_(row_adder<T>(selected_)),
         add_positions_(row_adder<T>(selected_ & ~kM2)),
         add_plane_(plane_adder<T>(selected_ & ~kM2)),
         // One row per sample, and each counts once: its rows can be added without a look at it.
         direct_(job.positions == 1 && !job.weighted),
-        rows_(job.stride_c == 1 || job.positions == 1) {}
+        rows_(job.x.stride_c == 1 || job.positions == 1) {}
 
   void run(int64_t first, int64_t last) {
     const int64_t whole = (last - first) / kStep;
-    for (int64_t k = next_class(0); k < job_.state.num_classes; k = next_) {
-      next_ = next_class(k + 1);
+    for (int64_t k = job_.next_class(0); k < job_.state.num_classes; k = next_) {
+      next_ = job_.next_class(k + 1);
       factors_ = factors_of(k);
-      if (job_.stride_c != 1 && rows_) {
+      if (job_.x.stride_c != 1 && rows_) {
         for (int64_t c = first; c < last; c += kStep) {
           add_step(k, c, std::min(kStep, last - c));
         }
@@ -51,14 +50,7 @@ class Accumulator {
 
  private:
   const T* at(const Sample& s, int64_t p, int64_t c) const {
-    const int64_t position = job_.kept ? job_.kept[s.kept + p] : p;
-    return x_ + s.index * job_.stride_n + position * job_.stride_p + c * job_.stride_c;
-  }
-
-  // The first class from k on that has samples.
-  int64_t next_class(int64_t k) const {
-    while (k < job_.state.num_classes && job_.offsets[k] == job_.offsets[k + 1]) ++k;
-    return k;
+    return element_at<T>(job_, job_.x, s, p, c);
   }
 
   // What all neurons of a class are merged with.
@@ -81,17 +73,11 @@ class Accumulator {
   void prefetch_state(int64_t k, int64_t c) const {
     if (k >= job_.state.num_classes) return;
     const int64_t at = k * job_.state.neurons + c;
-    const auto ask = [&](const auto* plane) {
-      if (!plane) return;
-      for (size_t byte = 0; byte < sizeof(*plane) * kStep; byte += 64) {
-        __builtin_prefetch(reinterpret_cast<const char*>(plane + at) + byte, 1, 2);
-      }
-    };
-    ask(job_.state.mean);
-    ask(job_.state.m2);
-    ask(job_.state.mean_abs);
-    ask(job_.state.max);
-    ask(job_.state.active);
+    prefetch_plane(job_.state.mean, at);
+    prefetch_plane(job_.state.m2, at);
+    prefetch_plane(job_.state.mean_abs, at);
+    prefetch_plane(job_.state.max, at);
+    prefetch_plane(job_.state.active, at);
   }
 
   bool known(int64_t k) const { return (selected_ & kMean) && job_.state.count[k] > 0; }
@@ -259,7 +245,7 @@ class Accumulator {
   template <bool Clean>
   void gather_planes(const Sample& sample, int64_t c, int64_t width, const T* after, V* max,
                      Sums<V>& sums) {
-    const bool copy = Clean || job_.stride_p != 1 || job_.kept;
+    const bool copy = Clean || job_.x.stride_p != 1 || job_.kept;
     if (copy && plane_.size() < static_cast<size_t>(sample.positions)) {
       plane_.resize(sample.positions);
     }
@@ -272,8 +258,8 @@ class Accumulator {
       }
       const int64_t later = i + kPlanesAhead;
       const T* ahead = copy            ? plane
-                       : later < width ? plane + kPlanesAhead * job_.stride_c
-                                       : after + (later - width) * job_.stride_c;
+                       : later < width ? plane + kPlanesAhead * job_.x.stride_c
+                                       : after + (later - width) * job_.x.stride_c;
       const PlaneSums found = add_plane_(plane, sample.positions, ahead);
       sums.sum[i] = found.sum;
       sums.abs[i] = found.abs;
@@ -376,9 +362,7 @@ class Accumulator {
       }
     }
     const auto merge_share = [&](float* plane, const double* found) {
-      const Lanes<float> old = Lanes<float>::load(plane + at, width);
-      const Lanes<float> now = to_float(Lanes<double>::load(found) * factors_.inverse_positions);
-      (old + (now - old) * factors_.position_share).store(plane + at, width);
+      merge_sums(plane, at, width, found, factors_.inverse_positions, factors_.position_share);
     };
     if (selected_ & kMeanAbs) merge_share(state.mean_abs, sums.abs);
     if (selected_ & kActive) merge_share(state.active, sums.active);
@@ -389,7 +373,6 @@ class Accumulator {
   }
 
   const ClassJob& job_;
-  const T* x_;
   unsigned selected_;
   RowAdder<T> add_samples_;
   RowAdder<T> add_positions_;
@@ -404,7 +387,7 @@ class Accumulator {
 };
 
 void accumulate(const ClassJob& job, int64_t first, int64_t last) {
-  switch (job.element) {
+  switch (job.x.element) {
     case Element::kFloat64:
       return Accumulator<double>(job).run(first, last);
     case Element::kFloat32:

@@ -16,6 +16,7 @@
 #include "ops/checks.h"
 #include "ops/class_stats.h"
 #include "ops/cpu/capability.h"
+#include "ops/cpu/class_samples.h"
 #include "ops/cpu/class_stats_job.h"
 
 namespace neusemslice::ops {
@@ -49,86 +50,6 @@ std::tuple<at::Tensor, at::Tensor> class_order_cpu(const at::Tensor& labels, int
   return {order, offsets};
 }
 
-// Refuses an order of `entries` samples that would read outside the batch.
-void check_order(const int64_t* order, int64_t entries, const int64_t* offsets, int64_t samples,
-                 int64_t num_classes) {
-  bool ordered = offsets[0] == 0 && offsets[num_classes] <= entries;
-  for (int64_t k = 0; k < num_classes; ++k) ordered &= offsets[k] <= offsets[k + 1];
-  TORCH_CHECK_VALUE(ordered, "class_stats_: offsets must rise from 0 to at most ", entries);
-  for (int64_t i = 0; i < offsets[num_classes]; ++i) {
-    TORCH_CHECK_VALUE(order[i] >= 0 && order[i] < samples, "class_stats_: order must lie in [0, ",
-                      samples, "), got ", order[i], " at index ", i);
-  }
-}
-
-// The samples that count, grouped by class, with each class's sums of weights.
-struct Samples {
-  std::vector<cpu::Sample> list;
-  std::vector<int64_t> offsets;
-  std::vector<double> weight;
-  std::vector<double> positions;
-  std::vector<int64_t> kept;  // with a mask: the positions that it keeps, sample after sample
-};
-
-Samples gather(const ClassState& state, const ClassBatch& batch, const int64_t* order,
-               const int64_t* offsets) {
-  const bool* mask = batch.mask.defined() ? batch.mask.const_data_ptr<bool>() : nullptr;
-  const double* weight = batch.weight.defined() ? batch.weight.const_data_ptr<double>() : nullptr;
-  const double* share = batch.share.defined() ? batch.share.const_data_ptr<double>() : nullptr;
-  const int64_t k_total = state.num_classes;
-  Samples s{{},
-            std::vector<int64_t>(k_total + 1, 0),
-            std::vector<double>(k_total, 0),
-            std::vector<double>(k_total, 0),
-            {}};
-  s.list.reserve(batch.samples);
-  std::vector<int64_t> first_kept;  // of each sample, and one behind the last
-  if (mask) {
-    first_kept.reserve(batch.samples + 1);
-    for (int64_t n = 0; n < batch.samples; ++n) {
-      first_kept.push_back(static_cast<int64_t>(s.kept.size()));
-      for (int64_t p = 0; p < batch.positions; ++p) {
-        if (mask[n * batch.positions + p]) s.kept.push_back(p);
-      }
-    }
-    first_kept.push_back(static_cast<int64_t>(s.kept.size()));
-  }
-  const auto checked = [](const double* weights, int64_t i, const char* name) {
-    if (!weights) return 1.0;
-    TORCH_CHECK_VALUE(weights[i] >= 0 && is_finite(weights[i]), "class_stats_: ", name,
-                      " must be finite and not negative, got ", weights[i], " at index ", i);
-    return weights[i];
-  };
-  for (int64_t k = 0; k < k_total; ++k) {
-    for (int64_t i = offsets[k]; i < offsets[k + 1]; ++i) {
-      const int64_t n = order[i];
-      const double w = checked(weight, n, "weight") * checked(share, i, "share");
-      if (w == 0) continue;
-      const int64_t first = mask ? first_kept[n] : 0;
-      const int64_t real = mask ? first_kept[n + 1] - first : batch.positions;
-      if (real == 0) continue;
-      s.list.push_back({n, first, real, w});
-      s.weight[k] += w;
-      s.positions[k] += w * static_cast<double>(real);
-    }
-    s.offsets[k + 1] = static_cast<int64_t>(s.list.size());
-  }
-  return s;
-}
-
-cpu::Element element_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble:
-      return cpu::Element::kFloat64;
-    case at::kFloat:
-      return cpu::Element::kFloat32;
-    case at::kHalf:
-      return cpu::Element::kFloat16;
-    default:
-      return cpu::Element::kBFloat16;
-  }
-}
-
 cpu::AccumulateClasses* accumulate_classes() {
 #if defined(__x86_64__)
   if (cpu::capability() == cpu::Capability::kAvx512) return &cpu::accumulate_classes_avx512;
@@ -144,31 +65,15 @@ void class_stats_cpu(const at::Tensor& count, const at::Tensor& positions,
                      const at::Tensor& order, const at::Tensor& offsets,
                      const OptionalTensor& share, const OptionalTensor& weight,
                      const OptionalTensor& mask, int64_t neuron_dim) {
-  const ClassState state = checked_state("class_stats_", "", count, positions, nonfinite, mean, m2,
-                                         mean_abs, max, active);
+  const char* op = "class_stats_";
+  const ClassState state =
+      checked_state(op, "", count, positions, nonfinite, mean, m2, mean_abs, max, active);
   const ClassBatch batch =
-      checked_batch(state, count.device(), x, order, offsets, share, weight, mask, neuron_dim);
-  const int64_t* start = offsets.const_data_ptr<int64_t>();
-  const int64_t* sorted = order.const_data_ptr<int64_t>();
-  check_order(sorted, order.size(0), start, batch.samples, state.num_classes);
-  const Samples samples = gather(state, batch, sorted, start);
+      checked_batch(op, state, count.device(), x, order, offsets, share, weight, mask, neuron_dim);
+  const ClassSamples samples = gather_samples(op, state, batch, order, offsets);
   if (samples.list.empty()) return;
 
-  const cpu::ClassJob job{
-      state,
-      batch.x.const_data_ptr(),
-      element_of(batch.x),
-      batch.stride_n,
-      batch.stride_p,
-      batch.stride_c,
-      batch.positions,
-      batch.weight.defined() || batch.share.defined(),
-      samples.list.data(),
-      samples.offsets.data(),
-      samples.weight.data(),
-      samples.positions.data(),
-      batch.mask.defined() ? samples.kept.data() : nullptr,
-  };
+  const cpu::ClassJob job = class_job(state, batch, samples);
   cpu::AccumulateClasses* const accumulate = accumulate_classes();
   const int64_t steps = (state.neurons + cpu::kStep - 1) / cpu::kStep;
   at::parallel_for(0, steps, 1, [&](int64_t begin, int64_t end) {

@@ -1,22 +1,16 @@
 // class_stats_ for any processor: class_stats_body.h in registers of 16 bytes.
 
-#include <algorithm>
-#include <array>
-#include <cmath>
-#include <iterator>
-#include <limits>
-#include <type_traits>
-#include <utility>
-#include <vector>
-
 #include "ops/cpu/class_stats_job.h"
-#include "ops/cpu/elements.h"
+#include "ops/cpu/lanes_headers.h"
 
 #define NSS_LANE_BYTES 16
 namespace neusemslice::cpu {
 namespace {
-#include "ops/cpu/lanes.h"
 // Each in terms of the one before.
+#include "ops/cpu/lanes.h"
+
+#include "ops/cpu/class_sums.h"
+
 #include "ops/cpu/class_stats_sums.h"
 
 #include "ops/cpu/class_stats_body.h"

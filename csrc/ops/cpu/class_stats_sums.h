@@ -13,9 +13,6 @@ constexpr int kGroup = 8;        // rows that are added in registers
 constexpr int kPlaneGroup = 16;  // rows of a plane that are
 constexpr int kPlanesAhead = 3;  // planes between prefetch and use
 
-template <typename T>
-using ValueOf = decltype(to_value(T{}));
-
 // Sums of sixteen neurons over rows, or over one class's samples. `sum` and `squares` are of
 // deviations from `shift`.
 template <typename V>
@@ -35,19 +32,6 @@ struct alignas(64) Sums {
     }
   }
 };
-
-template <bool First, typename V>
-NSS_INLINE void add(Lanes<V>& total, const Lanes<V>& part) {
-  if constexpr (First) {
-    total = part;
-  } else {
-    total += part;
-  }
-}
-
-NSS_INLINE void add_to(double* total, const Lanes<double>& part) {
-  (Lanes<double>::load(total) + part).store(total);
-}
 
 // Asks for R rows line by line, in the order in which they lie: memory answers that faster than the
 // order in which they are used.

@@ -2,9 +2,7 @@
 //
 // A thread owns one neuron of one class and walks through that class's samples in their order, so
 // nothing is atomic and the bits do not depend on the schedule. The class's count is raised by a
-// second, tiny kernel, because every thread of the first still reads the old one. Nothing is read
-// back to the host: a weight that is negative or not finite, which the CPU refuses, makes its
-// sample one to skip here.
+// second, tiny kernel, because every thread of the first still reads the old one.
 
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
@@ -21,6 +19,7 @@
 #include "common/class_state.h"
 #include "ops/checks.h"
 #include "ops/class_stats.h"
+#include "ops/cuda/class_batch_host.cuh"
 #include "ops/cuda/launch.cuh"
 
 namespace neusemslice::ops {
@@ -31,57 +30,33 @@ constexpr int kThreads = 128;
 // A batch as the device sees it.
 template <typename scalar_t>
 struct DeviceBatch {
-  const scalar_t* x;
-  const bool* mask;
-  const double* share;
-  const double* weight;
-  const int64_t* order;
-  const int64_t* offsets;
-  int64_t samples;
-  int64_t positions;
-  int64_t stride_n;
-  int64_t stride_p;
-  int64_t stride_c;
-
-  // Weight of entry i of the order; 0 if it is one to skip.
-  __device__ double weight_of(int64_t i) const {
-    const int64_t n = order[i];
-    if (n < 0 || n >= samples) return 0;
-    const double s = share ? share[i] : 1, w = weight ? weight[n] : 1;
-    return s > 0 && w > 0 && is_finite(s) && is_finite(w) ? s * w : 0;
-  }
-  __device__ bool real(int64_t n, int64_t p) const { return !mask || mask[n * positions + p]; }
-  __device__ int64_t real_positions(int64_t n) const {
-    if (!mask) return positions;
-    int64_t total = 0;
-    for (int64_t p = 0; p < positions; ++p) total += mask[n * positions + p] ? 1 : 0;
-    return total;
-  }
+  cuda::DeviceSamples samples;
+  cuda::DeviceOperand<scalar_t> x;
 };
 
 template <typename scalar_t>
 __global__ void class_stats_kernel(ClassState state, DeviceBatch<scalar_t> batch) {
   const int64_t c = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (c >= state.neurons) return;
+  const cuda::DeviceSamples& samples = batch.samples;
   for (int64_t k = blockIdx.y; k < state.num_classes; k += gridDim.y) {
     ShiftedSums sums;
     ClassCell cell;
     cell.max = -INFINITY;
     double total_weight = 0;
     int64_t nonfinite = 0;
-    for (int64_t i = batch.offsets[k]; i < batch.offsets[k + 1]; ++i) {
-      const int64_t n = batch.order[i];
-      const double w = batch.weight_of(i);
+    for (int64_t i = samples.offsets[k]; i < samples.offsets[k + 1]; ++i) {
+      const int64_t n = samples.order[i];
+      const double w = samples.weight_of(i);
       if (w == 0) continue;
       double pooled = 0;
       double sample_abs = 0;
       double sample_active = 0;
       int64_t real = 0;
-      for (int64_t p = 0; p < batch.positions; ++p) {
-        if (!batch.real(n, p)) continue;
+      for (int64_t p = 0; p < samples.positions; ++p) {
+        if (!samples.real(n, p)) continue;
         ++real;
-        const double value = static_cast<double>(
-            batch.x[n * batch.stride_n + p * batch.stride_p + c * batch.stride_c]);
+        const double value = batch.x.at(n, p, c);
         if (!is_finite(value)) {
           ++nonfinite;
           continue;
@@ -108,30 +83,13 @@ __global__ void class_stats_kernel(ClassState state, DeviceBatch<scalar_t> batch
     cell.mean_abs /= cell.positions;
     cell.active /= cell.positions;
     merge_cell(state, k, c, cell);
-    // Integers, and rare: the order of these additions does not show in the result.
-    if (nonfinite) {
-      atomicAdd(reinterpret_cast<unsigned long long*>(state.nonfinite + c),
-                static_cast<unsigned long long>(nonfinite));
-    }
+    cuda::count_nonfinite(state, c, nonfinite);
   }
 }
 
-template <typename scalar_t>
-__global__ void raise_counts_kernel(ClassState state, DeviceBatch<scalar_t> batch) {
+__global__ void raise_counts_kernel(ClassState state, cuda::DeviceSamples samples) {
   const int64_t k = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (k >= state.num_classes) return;
-  double weight = 0;
-  double positions = 0;
-  for (int64_t i = batch.offsets[k]; i < batch.offsets[k + 1]; ++i) {
-    const double w = batch.weight_of(i);
-    if (w == 0) continue;
-    const int64_t real = batch.real_positions(batch.order[i]);
-    if (real == 0) continue;
-    weight += w;
-    positions += w * static_cast<double>(real);
-  }
-  state.count[k] += weight;
-  state.positions[k] += positions;
+  if (k < state.num_classes) samples.raise_counts(state, k, /*pooled=*/false);
 }
 
 __global__ void merge_kernel(ClassState state, ClassState other) {
@@ -179,30 +137,19 @@ void class_stats_cuda(const at::Tensor& count, const at::Tensor& positions,
   const ClassState state = checked_state("class_stats_", "", count, positions, nonfinite, mean, m2,
                                          mean_abs, max, active);
   const c10::cuda::CUDAGuard guard(count.device());
-  const ClassBatch batch =
-      checked_batch(state, count.device(), x, order, offsets, share, weight, mask, neuron_dim);
+  const ClassBatch batch = checked_batch("class_stats_", state, count.device(), x, order, offsets,
+                                         share, weight, mask, neuron_dim);
   if (batch.samples == 0 || state.num_classes == 0) return;
 
+  const cuda::DeviceSamples samples = cuda::device_samples(batch, order, offsets);
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, batch.x.scalar_type(), "class_stats_", [&] {
-        const DeviceBatch<scalar_t> device{
-            batch.x.const_data_ptr<scalar_t>(),
-            batch.mask.defined() ? batch.mask.const_data_ptr<bool>() : nullptr,
-            batch.share.defined() ? batch.share.const_data_ptr<double>() : nullptr,
-            batch.weight.defined() ? batch.weight.const_data_ptr<double>() : nullptr,
-            order.const_data_ptr<int64_t>(),
-            offsets.const_data_ptr<int64_t>(),
-            batch.samples,
-            batch.positions,
-            batch.stride_n,
-            batch.stride_p,
-            batch.stride_c,
-        };
+        const DeviceBatch<scalar_t> device{samples, cuda::device_operand<scalar_t>(batch)};
         cuda::launch("class_stats_kernel", &class_stats_kernel<scalar_t>, neuron_grid(state),
                      kThreads, state, device);
-        cuda::launch("raise_counts_kernel", &raise_counts_kernel<scalar_t>,
-                     {cuda::blocks_for(state.num_classes, kThreads)}, kThreads, state, device);
       });
+  cuda::launch("raise_counts_kernel", &raise_counts_kernel,
+               {cuda::blocks_for(state.num_classes, kThreads)}, kThreads, state, samples);
   bump_state(count, positions, nonfinite, mean, m2, mean_abs, max, active);
 }
 
