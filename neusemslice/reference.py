@@ -259,3 +259,51 @@ def masked_adamw(
     after["param"] = old.index_copy(dim, rows, after["param"])
     after["step"] = t.flatten()[rows]
     return after
+
+
+def deeplift_relu(
+    layers: list[tuple[Tensor, Tensor]], x: Tensor, baseline: Tensor, target: int
+) -> list[list[float]]:
+    """DeepLIFT's contributions to one logit of one sample, by the rescale rule, neuron by neuron.
+
+    Args:
+        layers: weight ``[out, in]`` and bias ``[out]`` of linear layers with a ReLU between them.
+        x, baseline: flat inputs.
+        target: index of the logit.
+
+    Returns:
+        The contributions of the input, and of each layer's activations but the last's.
+    """
+    activations: list[list[list[float]]] = []  # of sample and baseline: per layer, per neuron
+    sums: list[list[list[float]]] = []
+    for start in (x, baseline):
+        a = start.double().tolist()
+        activations.append([a])
+        sums.append([])
+        for weight, bias in layers:
+            rows = zip(weight.double().tolist(), bias.double().tolist(), strict=True)
+            z = [
+                math.fsum(w * v for w, v in zip(row, a, strict=True)) + shift for row, shift in rows
+            ]
+            a = [max(v, 0.0) for v in z]
+            sums[-1].append(z)
+            activations[-1].append(a)
+    contributions: list[list[float]] = []
+    of_sums = [float(j == target) for j in range(len(sums[0][-1]))]
+    for depth in reversed(range(len(layers))):
+        rows_of = layers[depth][0].double().tolist()
+        here, there = activations[0][depth], activations[1][depth]
+        multipliers = [
+            math.fsum(of_sums[j] * rows_of[j][i] for j in range(len(rows_of)))
+            for i in range(len(here))
+        ]
+        contributions.append(
+            [m * (a - b) for m, a, b in zip(multipliers, here, there, strict=True)]
+        )
+        if depth:
+            before = zip(sums[0][depth - 1], sums[1][depth - 1], strict=True)
+            of_sums = [
+                m * ((max(z, 0.0) - max(w, 0.0)) / (z - w) if z != w else float(z > 0))
+                for m, (z, w) in zip(multipliers, before, strict=True)
+            ]
+    return contributions[::-1]

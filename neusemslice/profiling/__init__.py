@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from neusemslice.profiling.batching import LabelsOf, batches, first_inputs
+from neusemslice.profiling.deeplift import Contributions, deeplift
 from neusemslice.profiling.profile import METRICS, Profile
 from neusemslice.profiling.profiler import Profiler
 from neusemslice.profiling.sweep import LossOf, profile
@@ -14,11 +15,13 @@ if TYPE_CHECKING:
 # Without the callbacks: a star import must not need their frameworks.
 __all__ = [
     "METRICS",
+    "Contributions",
     "LabelsOf",
     "LossOf",
     "Profile",
     "Profiler",
     "batches",
+    "deeplift",
     "first_inputs",
     "profile",
 ]
