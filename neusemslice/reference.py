@@ -169,6 +169,25 @@ def pairwise_similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).reshape(a.shape[0], b.shape[0]).clamp(-1, 1)
 
 
+def nearest(similarity: Tensor, k: int, *, own: bool) -> tuple[Tensor, Tensor]:
+    """The columns of the ``k`` greatest values of each row, and the values; ties by index.
+
+    With ``own``, row and column of one number are the same thing and no neighbours. NaN is no
+    neighbour; -1 and NaN fill a row that has too few.
+    """
+    columns, values = [], []
+    for r, row in enumerate(similarity.tolist()):
+        met = [(-x, c) for c, x in enumerate(row) if not math.isnan(x) and not (own and c == r)]
+        best = sorted(met)[:k] + [(math.nan, -1)] * (k - len(met))
+        columns.append([c for _, c in best])
+        values.append([-x for x, _ in best])
+    shape = (len(similarity), k)
+    return (
+        torch.tensor(columns, dtype=torch.int64).reshape(shape),
+        torch.tensor(values, dtype=similarity.dtype).reshape(shape),
+    )
+
+
 def _whole(compact: Tensor | None, shape: torch.Size, rows: Tensor, dim: int) -> Tensor:
     """A dense float64 tensor that holds `compact` in its tuned rows, and 0 elsewhere."""
     dense = torch.zeros(shape, dtype=torch.float64)

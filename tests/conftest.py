@@ -1,3 +1,5 @@
+from collections.abc import Iterator
+
 import hypothesis
 import pytest
 import torch
@@ -32,6 +34,16 @@ def pytest_report_header() -> list[str]:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Every device that a test of the operators runs on."""
     return torch.device(request.param)
+
+
+@pytest.fixture
+def each_capability() -> Iterator[list[str]]:
+    """Names of the instruction sets that work here; the one in use comes back afterwards."""
+    from neusemslice import _C
+
+    used = _C.build_info()["cpu_capability"]
+    yield _C.cpu_capabilities()
+    _C.set_cpu_capability(used)
 
 
 @pytest.fixture(autouse=True)

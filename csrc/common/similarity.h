@@ -76,6 +76,38 @@ NSS_HOST_DEVICE double set_similarity(SetMetric metric, int64_t common, int64_t 
   return static_cast<double>(numerator) / static_cast<double>(denominator);
 }
 
+// The similarity of two sets follows from the size of their intersection and from one number, the
+// key of their sizes.
+NSS_HOST_DEVICE int64_t size_key(SetMetric metric, int64_t size_a, int64_t size_b) {
+  if (metric == SetMetric::containment) return size_a;
+  if (metric == SetMetric::overlap) return size_a < size_b ? size_a : size_b;
+  return size_a + size_b;
+}
+
+// In exact arithmetic, a pair reaches the threshold if its common size is at least this share of
+// the key of its sizes.
+NSS_HOST_DEVICE double common_ratio(SetMetric metric, double threshold) {
+  if (metric == SetMetric::jaccard) return threshold / (1 + threshold);
+  return metric == SetMetric::dice ? threshold / 2 : threshold;
+}
+
+// The least common size with which sets of that key have a similarity (the float64 quotient) of at
+// least `threshold` <= 1; more than any can have in common where none is enough.
+NSS_HOST_DEVICE int64_t least_common(SetMetric metric, int64_t key, double threshold) {
+  if (threshold <= 0) return 0;
+  if (key == 0) return 1;
+  const bool sum = metric == SetMetric::jaccard || metric == SetMetric::dice;
+  const int64_t most = sum ? key / 2 : key;
+  const auto reaches = [&](int64_t common) {
+    return set_similarity(metric, common, key, sum ? 0 : key) >= threshold;
+  };
+  int64_t common = static_cast<int64_t>(common_ratio(metric, threshold) * static_cast<double>(key));
+  if (common > most) common = most;
+  while (common > 0 && reaches(common - 1)) --common;
+  while (common <= most && !reaches(common)) ++common;
+  return common;
+}
+
 // ---- Rows of numbers: their cosine is the product of their unit vectors. ----
 
 // Maps the values of one row to those of a unit vector. `norm` is 0 for a row without a direction,

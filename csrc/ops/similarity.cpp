@@ -37,6 +37,14 @@ EdgeTensors bitset_similarity_edges(const at::Tensor& a, const OptionalTensor& b
   return op.call(a, b, metric, threshold);
 }
 
+NeighbourTensors bitset_similarity_topk(const at::Tensor& a, const OptionalTensor& b,
+                                        std::string_view metric, int64_t k) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("neusemslice::bitset_similarity_topk", "")
+                       .typed<decltype(bitset_similarity_topk)>();
+  return op.call(a, b, metric, k);
+}
+
 at::Tensor pairwise_similarity(const at::Tensor& a, const OptionalTensor& b,
                                std::string_view metric) {
   static auto op = c10::Dispatcher::singleton()
@@ -51,6 +59,14 @@ EdgeTensors pairwise_similarity_edges(const at::Tensor& a, const OptionalTensor&
                        .findSchemaOrThrow("neusemslice::pairwise_similarity_edges", "")
                        .typed<decltype(pairwise_similarity_edges)>();
   return op.call(a, b, metric, threshold);
+}
+
+NeighbourTensors pairwise_similarity_topk(const at::Tensor& a, const OptionalTensor& b,
+                                          std::string_view metric, int64_t k) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("neusemslice::pairwise_similarity_topk", "")
+                       .typed<decltype(pairwise_similarity_topk)>();
+  return op.call(a, b, metric, k);
 }
 
 PackWork checked_bits(const at::Tensor& bits) {
@@ -121,6 +137,10 @@ void check_threshold(const char* op, double threshold) {
   TORCH_CHECK_VALUE(!std::isnan(threshold), op, ": threshold must be a number, got nan");
 }
 
+void check_k(const char* op, int64_t k) {
+  TORCH_CHECK_VALUE(k >= 1, op, ": k must be at least 1, got ", k);
+}
+
 }  // namespace neusemslice::ops
 
 TORCH_LIBRARY_FRAGMENT(neusemslice, m) {
@@ -129,8 +149,14 @@ TORCH_LIBRARY_FRAGMENT(neusemslice, m) {
   m.def(
       "bitset_similarity_edges(Tensor a, Tensor? b, str metric, float threshold) "
       "-> (Tensor rows, Tensor cols, Tensor values)");
+  m.def(
+      "bitset_similarity_topk(Tensor a, Tensor? b, str metric, int k) "
+      "-> (Tensor cols, Tensor values)");
   m.def("pairwise_similarity(Tensor a, Tensor? b, str metric) -> Tensor");
   m.def(
       "pairwise_similarity_edges(Tensor a, Tensor? b, str metric, float threshold) "
       "-> (Tensor rows, Tensor cols, Tensor values)");
+  m.def(
+      "pairwise_similarity_topk(Tensor a, Tensor? b, str metric, int k) "
+      "-> (Tensor cols, Tensor values)");
 }

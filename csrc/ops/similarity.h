@@ -1,6 +1,7 @@
 #pragma once
 
-// Similarity of sets and of rows of numbers: every pair, or the pairs above a threshold.
+// Similarity of sets and of rows of numbers: every pair, the pairs above a threshold, or the best
+// of each row.
 //
 // bitset_pack: bool [..., M] -> int64 [..., ceil(M / 64)]. Bit j of word w is element 64 * w + j;
 //   the spare bits are zero.
@@ -21,14 +22,19 @@
 //
 // *_edges: the pairs whose similarity is at least `threshold`, sorted by (row, col): rows and cols
 //   int64 [E], values [E] as the dense result has them. With b absent only row < col, or row != col
-//   for containment. For sets the float64 quotient is compared, before it is rounded to float32;
-//   for rows, the value itself. NaN is no edge. Memory is that of the input, one tile per thread
-//   and the edges. E is data, so on CUDA these wait for the device.
+//   for containment. For sets the float64 quotient counts, before it is rounded to float32 (what is
+//   compared are integers); for rows, the value itself. NaN is no edge. Memory is that of the
+//   input, one tile per thread and the edges. E is data, so on CUDA these wait for the device.
 //
-// The same call gives the same bits each time, on the CPU at any number of threads, and edges have
-// the bits of the dense result. Products are ATen's: float32 ones follow
-// torch.set_float32_matmul_precision on processors that have bf16 units (on CUDA, TF32 is never
-// used), and in deterministic mode cuBLAS wants CUBLAS_WORKSPACE_CONFIG set.
+// *_topk: for each row of a the k columns of greatest similarity, the best first and of equal ones
+//   the lower column: cols int64 [R, k], and values [R, k] as the dense result has them. With b
+//   absent a row is no neighbour of itself. NaN is no neighbour; where a row has fewer than k, -1
+//   and NaN follow. Memory is that of the input, one tile per thread and O(R * k).
+//
+// The same call gives the same bits each time, on the CPU at any number of threads and with any
+// instruction set, and edges and neighbours have the bits of the dense result. Products are ATen's:
+// float32 ones follow torch.set_float32_matmul_precision on processors that have bf16 units (on
+// CUDA, TF32 is never used), and in deterministic mode cuBLAS wants CUBLAS_WORKSPACE_CONFIG set.
 // None of these is differentiable.
 
 #include <ATen/core/Tensor.h>
@@ -45,6 +51,7 @@ namespace neusemslice::ops {
 
 using OptionalTensor = std::optional<at::Tensor>;
 using EdgeTensors = std::tuple<at::Tensor, at::Tensor, at::Tensor>;  // rows, cols, values
+using NeighbourTensors = std::tuple<at::Tensor, at::Tensor>;         // cols, values
 
 at::Tensor bitset_pack(const at::Tensor& bits);
 
@@ -53,11 +60,17 @@ at::Tensor bitset_similarity(const at::Tensor& a, const OptionalTensor& b, std::
 EdgeTensors bitset_similarity_edges(const at::Tensor& a, const OptionalTensor& b,
                                     std::string_view metric, double threshold);
 
+NeighbourTensors bitset_similarity_topk(const at::Tensor& a, const OptionalTensor& b,
+                                        std::string_view metric, int64_t k);
+
 at::Tensor pairwise_similarity(const at::Tensor& a, const OptionalTensor& b,
                                std::string_view metric);
 
 EdgeTensors pairwise_similarity_edges(const at::Tensor& a, const OptionalTensor& b,
                                       std::string_view metric, double threshold);
+
+NeighbourTensors pairwise_similarity_topk(const at::Tensor& a, const OptionalTensor& b,
+                                          std::string_view metric, int64_t k);
 
 // What the CPU and the CUDA kernels share: checked arguments and the order of tiles.
 
@@ -109,6 +122,7 @@ Vectors checked_vectors(const char* op, const at::Tensor& a, const OptionalTenso
                         std::string_view metric);
 
 void check_threshold(const char* op, double threshold);
+void check_k(const char* op, int64_t k);
 
 // A rectangle of the matrix of pairs.
 struct Tile {

@@ -22,12 +22,15 @@ from neusemslice.ops.contribution import CONTRIBUTION_STATISTICS, contribution_ 
 from neusemslice.ops.masked_optim import masked_adamw_, masked_sgd_  # noqa: E402
 from neusemslice.ops.similarity import (  # noqa: E402
     Edges,
+    Neighbours,
     bitset_pack,
     bitset_similarity,
     bitset_similarity_edges,
+    bitset_similarity_topk,
     bitset_unpack,
     pairwise_similarity,
     pairwise_similarity_edges,
+    pairwise_similarity_topk,
 )
 
 __all__ = [
@@ -36,9 +39,11 @@ __all__ = [
     "ClassOrder",
     "ClassStats",
     "Edges",
+    "Neighbours",
     "bitset_pack",
     "bitset_similarity",
     "bitset_similarity_edges",
+    "bitset_similarity_topk",
     "bitset_unpack",
     "class_order",
     "class_stats_",
@@ -48,4 +53,5 @@ __all__ = [
     "masked_sgd_",
     "pairwise_similarity",
     "pairwise_similarity_edges",
+    "pairwise_similarity_topk",
 ]

@@ -26,6 +26,17 @@ class Edges(NamedTuple):
     values: Tensor
 
 
+class Neighbours(NamedTuple):
+    """For each row the columns most similar to it, the best first, of equal ones the lower column.
+
+    ``cols`` is int64 ``[R, k]``; ``values`` ``[R, k]`` has the dtype of the dense result. Where a
+    row has fewer than ``k`` neighbours, -1 and NaN follow.
+    """
+
+    cols: Tensor
+    values: Tensor
+
+
 def bitset_pack(bits: Tensor) -> Tensor:
     """Packs sets into words.
 
@@ -125,6 +136,26 @@ def bitset_similarity_edges(
     return Edges(*torch.ops.neusemslice.bitset_similarity_edges(a, b, metric, threshold))
 
 
+def bitset_similarity_topk(
+    a: Tensor, b: Tensor | None = None, metric: SetMetric = "jaccard", *, k: int
+) -> Neighbours:
+    """For each set of ``a``, the ``k`` sets of ``b`` that are most similar to it.
+
+    The similarities have the bits of ``bitset_similarity``; its matrix is never held.
+
+    Args:
+        a: int64 ``[R, W]``, sets as ``bitset_pack`` makes them.
+        b: int64 ``[S, W]``; None stands for ``a`` with itself: a set is no neighbour of its own.
+        metric: as for ``bitset_similarity``.
+        k: at least 1.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, device, metric or ``k``.
+    """
+    return Neighbours(*torch.ops.neusemslice.bitset_similarity_topk(a, b, metric, k))
+
+
 def pairwise_similarity(a: Tensor, b: Tensor | None = None, metric: RowMetric = "cosine") -> Tensor:
     """Similarity of every row of ``a`` to every row of ``b``, in ``[-1, 1]``.
 
@@ -176,6 +207,28 @@ def pairwise_similarity_edges(
     return Edges(*torch.ops.neusemslice.pairwise_similarity_edges(a, b, metric, threshold))
 
 
+def pairwise_similarity_topk(
+    a: Tensor, b: Tensor | None = None, metric: RowMetric = "cosine", *, k: int
+) -> Neighbours:
+    """For each row of ``a``, the ``k`` rows of ``b`` that are most similar to it.
+
+    The similarities have the bits of ``pairwise_similarity``; its matrix is never held. NaN is no
+    neighbour. Not differentiable.
+
+    Args:
+        a: floating point ``[R, D]``, as for ``pairwise_similarity``.
+        b: ``[S, D]`` of the same dtype; None stands for ``a`` with itself: a row is no neighbour
+            of its own.
+        metric: as for ``pairwise_similarity``.
+        k: at least 1.
+
+    Raises:
+        TypeError: for a wrong dtype.
+        ValueError: for a wrong shape, device, metric or ``k``.
+    """
+    return Neighbours(*torch.ops.neusemslice.pairwise_similarity_topk(a, b, metric, k))
+
+
 def _words_for(size: int) -> int:
     return (size + _WORD_BITS - 1) // _WORD_BITS
 
@@ -195,6 +248,11 @@ def _edges_fake(a: Tensor, values: torch.dtype) -> tuple[Tensor, Tensor, Tensor]
         a.new_empty(size, dtype=torch.int64),
         a.new_empty(size, dtype=values),
     )
+
+
+def _neighbours_fake(a: Tensor, k: int, values: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (a.shape[0], k)
+    return a.new_empty(shape, dtype=torch.int64), a.new_empty(shape, dtype=values)
 
 
 @register_fake("bitset_pack")
@@ -218,6 +276,14 @@ def _bitset_similarity_edges_fake(
     return _edges_fake(a, torch.float32)
 
 
+@register_fake("bitset_similarity_topk")
+def _bitset_similarity_topk_fake(
+    a: Tensor, b: Tensor | None, metric: str, k: int
+) -> tuple[Tensor, Tensor]:
+    check_one_device("bitset_similarity_topk", a, b)
+    return _neighbours_fake(a, k, torch.float32)
+
+
 @register_fake("pairwise_similarity")
 def _pairwise_similarity_fake(a: Tensor, b: Tensor | None, metric: str) -> Tensor:
     check_one_device("pairwise_similarity", a, b)
@@ -233,8 +299,16 @@ def _pairwise_similarity_edges_fake(
     return _edges_fake(a, _value_dtype(a))
 
 
+@register_fake("pairwise_similarity_topk")
+def _pairwise_similarity_topk_fake(
+    a: Tensor, b: Tensor | None, metric: str, k: int
+) -> tuple[Tensor, Tensor]:
+    check_one_device("pairwise_similarity_topk", a, b)
+    return _neighbours_fake(a, k, _value_dtype(a))
+
+
 # Not differentiable. Autograd passes these by, so that their results do not claim a gradient that
 # no backward pass could give. The registration lives as long as the object.
 _autograd = torch.library.Library("neusemslice", "IMPL")
-for _name in ("pairwise_similarity", "pairwise_similarity_edges"):
+for _name in ("pairwise_similarity", "pairwise_similarity_edges", "pairwise_similarity_topk"):
     _autograd.impl(_name, torch.library.fallthrough_kernel, "Autograd")

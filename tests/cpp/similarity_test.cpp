@@ -52,6 +52,22 @@ TEST(Bitset, CountsAllBitsOfAllWords) {
   EXPECT_EQ(common_size(a, b, 3), 4);
 }
 
+TEST(LeastCommon, IsWhereTheQuotientReachesTheThreshold) {
+  for (const SetMetric metric :
+       {SetMetric::jaccard, SetMetric::dice, SetMetric::overlap, SetMetric::containment}) {
+    for (const double threshold : {-1.0, 0.0, 1e-9, 0.1, 0.3, 1.0 / 3.0, 0.5, 0.7, 0.9999, 1.0}) {
+      for (int64_t a = 0; a <= 40; ++a) {
+        for (int64_t b = 0; b <= 40; ++b) {
+          const int64_t least = least_common(metric, size_key(metric, a, b), threshold);
+          for (int64_t common = 0; common <= (a < b ? a : b); ++common) {
+            EXPECT_EQ(common >= least, set_similarity(metric, common, a, b) >= threshold);
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST(SetSimilarity, FollowsTheDefinitions) {
   EXPECT_EQ(set_similarity(SetMetric::jaccard, 2, 3, 6), 2.0 / 7.0);
   EXPECT_EQ(set_similarity(SetMetric::dice, 2, 3, 6), 4.0 / 9.0);

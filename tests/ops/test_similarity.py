@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
 
-from neusemslice import ops, reference
+from neusemslice import _C, ops, reference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "sliced", "permuted", "expanded", "requires_grad"]
@@ -75,6 +75,13 @@ def assert_same_edges(a: ops.Edges, b: ops.Edges) -> None:
     assert a.rows.dtype == a.cols.dtype == torch.int64
     for name, x, y in zip(a._fields, a, b, strict=True):
         assert same_bits(x, y), name
+
+
+def assert_nearest(got: ops.Neighbours, dense: torch.Tensor, k: int, *, own: bool) -> None:
+    """The neighbours are those of the dense result, with its bits."""
+    cols, values = reference.nearest(dense.cpu(), k, own=own)
+    assert torch.equal(got.cols.cpu(), cols)
+    assert same_bits(got.values.cpu(), values)
 
 
 class TestPack:
@@ -197,8 +204,57 @@ class TestSets:
             edges = ops.bitset_similarity_edges(a, None, "jaccard", threshold=threshold)
             assert edges.rows.numel() == count
 
+    @pytest.mark.parametrize("metric", SET_METRICS)
+    @pytest.mark.parametrize("k", [1, 7, 400])
+    def test_neighbours_are_those_of_the_dense_result(self, k, metric, device):
+        bits = random_sets(300, 40, device)  # more than one tile, and few enough elements for ties
+        a, b = ops.bitset_pack(bits), ops.bitset_pack(bits[20:290])
+        for other in (None, b):
+            dense = ops.bitset_similarity(a, other, metric)
+            got = ops.bitset_similarity_topk(a, other, metric, k=k)
+            assert_nearest(got, dense, k, own=other is None)
+
+    @pytest.mark.parametrize("metric", SET_METRICS)
+    @pytest.mark.parametrize("size", [3, 100, 1000, 32752, 70_000])
+    def test_same_bits_on_every_instruction_set(self, size, metric, each_capability):
+        # 32752 elements are the most that 16 bits hold; sets beyond come in several pieces.
+        rows = 270 if size <= 1000 else 21
+        bits = random_sets(rows, size)
+        a, b = ops.bitset_pack(bits), ops.bitset_pack(bits[5:19])
+        small, other = bits[:20], bits[5:19]
+        expected = reference.set_similarity(small, other, metric).float()
+        results = []
+        for name in each_capability:
+            _C.set_cpu_capability(name)
+            dense = ops.bitset_similarity(a, None, metric)
+            edges = ops.bitset_similarity_edges(a, None, metric, threshold=0.3)
+            assert_nearest(ops.bitset_similarity_topk(a, None, metric, k=4), dense, 4, own=True)
+            pairs = "distinct" if metric == "containment" else "upper"
+            assert_same_edges(edges, thresholded(dense, 0.3, pairs))
+            assert same_bits(ops.bitset_similarity(a[:20], b, metric), expected)
+            results.append(dense)
+        for result in results[1:]:
+            assert same_bits(results[0], result)
+
+    def test_fewer_neighbours_than_asked_for(self, device):
+        sets = ops.bitset_pack(random_sets(3, 70, device))
+        got = ops.bitset_similarity_topk(sets, None, k=5)
+        assert (got.cols[:, 2:] == -1).all()
+        assert got.values[:, 2:].isnan().all()
+        for rows in (sets[:0], sets[:1]):
+            for other in (None, sets[:0]):
+                got = ops.bitset_similarity_topk(rows, other, k=2)
+                assert got.cols.tolist() == [[-1, -1]] * len(rows)
+                assert got.values.isnan().all()
+
     def test_same_bits_twice_and_at_any_thread_count(self, device):
         a = ops.bitset_pack(random_sets(600, 100, device))
+        one_nearest = ops.bitset_similarity_topk(a, k=9)
+        for count in (1, 2, 3):
+            with num_threads(count):
+                nearest = ops.bitset_similarity_topk(a, k=9)
+                assert torch.equal(one_nearest.cols, nearest.cols)
+                assert same_bits(one_nearest.values, nearest.values)
         with num_threads(1):
             one = ops.bitset_similarity(a)
             one_edges = ops.bitset_similarity_edges(a, threshold=0.5)
@@ -270,6 +326,46 @@ class TestRows:
             edges = ops.pairwise_similarity_edges(a, other, metric, threshold=threshold)
             assert_same_edges(edges, thresholded(dense, threshold, pairs))
 
+    @pytest.mark.parametrize("metric", ROW_METRICS)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    @pytest.mark.parametrize("k", [1, 6, 600])
+    def test_neighbours_are_those_of_the_dense_result(self, k, dtype, metric, device):
+        a = torch.randn(530, 24, dtype=dtype, device=device)  # more than one tile
+        a[500:] = a[:30]  # ties, over tiles
+        a[7] = 0
+        b = a[200:470].clone()
+        for other in (None, b):
+            dense = ops.pairwise_similarity(a, other, metric)
+            got = ops.pairwise_similarity_topk(a, other, metric, k=k)
+            assert_nearest(got, dense, k, own=other is None)
+
+    def test_equal_rows_have_the_first_as_neighbours(self, device):
+        a = torch.ones(700, 3, device=device)
+        got = ops.pairwise_similarity_topk(a, k=4)
+        assert got.cols[0].tolist() == [1, 2, 3, 4]
+        assert got.cols[2].tolist() == [0, 1, 3, 4]
+        assert (got.cols[5:] == torch.arange(4, device=device)).all()
+
+    def test_nearest_rows_of_other_rows(self, device):
+        a = torch.tensor([[1.0, 0], [0, -2]], device=device)
+        b = torch.tensor([[0.0, 1], [3, 3], [5, 0]], device=device)
+        got = ops.pairwise_similarity_topk(a, b, k=2)
+        assert got.cols.tolist() == [[2, 1], [2, 1]]
+        assert got.values[1, 0] == 0
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+    def test_same_bits_on_every_instruction_set(self, dtype, each_capability):
+        a = torch.randn(300, 20, dtype=dtype)
+        a[13, 2] = torch.nan
+        a[200:] = a[:100]
+        results = []
+        for name in each_capability:
+            _C.set_cpu_capability(name)
+            edges = ops.pairwise_similarity_edges(a, threshold=0.2)
+            results.append((*edges, *ops.pairwise_similarity_topk(a, k=5)))
+        for result in results[1:]:
+            assert all(map(same_bits, results[0], result))
+
     def test_tie_at_the_threshold(self, device):
         a = torch.tensor([[0.0, 2], [3, 0], [0, 5], [-1, 0]], device=device)
         edges = ops.pairwise_similarity_edges(a, threshold=1.0)
@@ -313,6 +409,10 @@ class TestRows:
         assert edges.rows.numel() == 299 * 298 // 2
         assert 7 not in edges.rows
         assert 7 not in edges.cols
+        nearest = ops.pairwise_similarity_topk(a, None, metric, k=298)
+        assert_nearest(nearest, got, 298, own=True)
+        assert (nearest.cols[7] == -1).all()
+        assert (nearest.cols[others] >= 0).all()
 
     # In these shapes BLAS divides the sum over D among threads, if it is left to.
     @pytest.mark.parametrize(
@@ -326,12 +426,15 @@ class TestRows:
             with num_threads(1):
                 one = ops.pairwise_similarity(a, other)
                 one_edges = ops.pairwise_similarity_edges(a, other, threshold=0.01)
+                one_nearest = ops.pairwise_similarity_topk(a, other, k=3)
                 assert same_bits(one, ops.pairwise_similarity(a, other))
             for count in (2, 3):
                 with num_threads(count):
                     assert same_bits(one, ops.pairwise_similarity(a, other))
                     edges = ops.pairwise_similarity_edges(a, other, threshold=0.01)
                     assert_same_edges(one_edges, edges)
+                    nearest = ops.pairwise_similarity_topk(a, other, k=3)
+                    assert all(map(same_bits, one_nearest, nearest))
 
     def test_same_bits_twice_on_the_device(self, device):
         a = torch.randn(130, 70, device=device)
@@ -345,8 +448,10 @@ def calls(device: torch.device):
     return {
         "bitset_similarity": (words, "jaccard", ()),
         "bitset_similarity_edges": (words, "jaccard", (0.5,)),
+        "bitset_similarity_topk": (words, "jaccard", (2,)),
         "pairwise_similarity": (rows, "cosine", ()),
         "pairwise_similarity_edges": (rows, "cosine", (0.5,)),
+        "pairwise_similarity_topk": (rows, "cosine", (2,)),
     }
 
 
@@ -401,6 +506,13 @@ def test_refuses_a_threshold_that_is_nan(name, device):
         getattr(NAMESPACE, name)(a, None, metric, math.nan)
 
 
+@pytest.mark.parametrize("name", [name for name in BINARY if name.endswith("topk")])
+def test_refuses_to_look_for_no_neighbour(name, device):
+    a, metric, _ = calls(device)[name]
+    with pytest.raises(ValueError, match=rf"{name}: k must be at least 1, got 0"):
+        getattr(NAMESPACE, name)(a, None, metric, 0)
+
+
 class TestTorch:
     @pytest.mark.parametrize("layout", ["contiguous", "sliced", "permuted", "expanded", "empty"])
     def test_opcheck_of_sets(self, layout, device):
@@ -411,6 +523,7 @@ class TestTorch:
         for b in (None, a):
             opcheck(NAMESPACE.bitset_similarity.default, (a, b, "containment"))
             opcheck(NAMESPACE.bitset_similarity_edges.default, (a, b, "containment", 0.3))
+            opcheck(NAMESPACE.bitset_similarity_topk.default, (a, b, "containment", 3))
 
     @pytest.mark.parametrize("layout", [*LAYOUTS, "empty"])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -423,12 +536,14 @@ class TestTorch:
         for b in (None, x):
             opcheck(NAMESPACE.pairwise_similarity.default, (x, b, "pearson"))
             opcheck(NAMESPACE.pairwise_similarity_edges.default, (x, b, "pearson", 0.1))
+            opcheck(NAMESPACE.pairwise_similarity_topk.default, (x, b, "pearson", 3))
 
     def test_does_not_claim_a_gradient(self, device):
         x = torch.randn(5, 4, device=device, requires_grad=True)
         assert not ops.pairwise_similarity(x).requires_grad
         assert not ops.pairwise_similarity(x.detach(), x).requires_grad
         assert not ops.pairwise_similarity_edges(x, threshold=0.1).values.requires_grad
+        assert not ops.pairwise_similarity_topk(x, k=1).values.requires_grad
 
     def test_inference_mode(self, device):
         x = torch.randn(600, 6, device=device)
@@ -453,6 +568,8 @@ class TestTorch:
                 sets.values * 2,
                 *sets,
                 *rows,
+                *ops.bitset_similarity_topk(words, k=3),
+                *ops.pairwise_similarity_topk(y, k=3),
             )
 
         x = torch.randn(20, 70, device=device)

@@ -6,14 +6,14 @@
 namespace neusemslice::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bitalg"};
 
 Capability widest() {
 #if defined(__x86_64__)
   // F16C came before AVX2 on every processor that has the latter.
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    return Capability::kAvx512;
+    return __builtin_cpu_supports("avx512bitalg") ? Capability::kAvx512Bitalg : Capability::kAvx512;
   }
   if (__builtin_cpu_supports("avx2")) return Capability::kAvx2;
 #endif

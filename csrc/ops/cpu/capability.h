@@ -8,7 +8,8 @@
 
 namespace neusemslice::cpu {
 
-enum class Capability { kPortable, kAvx2, kAvx512 };
+// kAvx512Bitalg is kAvx512 with instructions that count the bits of bytes and of 16-bit words.
+enum class Capability { kPortable, kAvx2, kAvx512, kAvx512Bitalg };
 
 // The one in use.
 Capability capability();

@@ -52,7 +52,7 @@ std::tuple<at::Tensor, at::Tensor> class_order_cpu(const at::Tensor& labels, int
 
 cpu::AccumulateClasses* accumulate_classes() {
 #if defined(__x86_64__)
-  if (cpu::capability() == cpu::Capability::kAvx512) return &cpu::accumulate_classes_avx512;
+  if (cpu::capability() >= cpu::Capability::kAvx512) return &cpu::accumulate_classes_avx512;
   if (cpu::capability() == cpu::Capability::kAvx2) return &cpu::accumulate_classes_avx2;
 #endif
   return &cpu::accumulate_classes_portable;

@@ -9,15 +9,23 @@
 #include <ATen/Context.h>
 #include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
+#include <ATen/ops/isnan.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/nonzero.h>
 #include <ATen/ops/sort.h>
+#include <ATen/ops/tril.h>
+#include <ATen/ops/triu.h>
+#include <ATen/ops/where.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <limits>
+#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -181,6 +189,38 @@ class EdgeCollector {
   std::vector<at::Tensor> values_;
 };
 
+// The best neighbours of all rows, found block after block of them: each tile's columns join the
+// best so far, of which the stable sorts keep the lower columns in front and NaN at the end. `tile`
+// gives the values of a whole tile.
+template <typename Values>
+NeighbourTensors find_nearest(int64_t rows, int64_t cols, int64_t k, bool self,
+                              const at::TensorOptions& options, Values tile_values) {
+  const double nothing = std::numeric_limits<double>::quiet_NaN();
+  at::Tensor best_cols = at::full({rows, k}, -1, options.dtype(at::kLong));
+  at::Tensor best_values = at::full({rows, k}, nothing, options);
+  for_each_tile(rows, cols, kTile, false, [&](const Tile& tile) {
+    at::Tensor values = tile_values(tile);
+    if (self && tile.row == tile.col) values.diagonal().fill_(nothing);
+    at::Tensor index = at::arange(tile.col, tile.col + tile.cols, best_cols.options());
+    index = at::where(at::isnan(values), -1, index.expand({tile.rows, tile.cols}));
+    at::Tensor to_cols = best_cols.narrow(0, tile.row, tile.rows);
+    at::Tensor to_values = best_values.narrow(0, tile.row, tile.rows);
+    values = at::cat({to_values, values}, 1);
+    index = at::cat({to_cols, index}, 1);
+    const auto reorder = [&](const at::Tensor& key, bool descending) {
+      const auto order =
+          std::get<1>(at::sort(key, /*stable=*/true, /*dim=*/1, /*descending=*/descending));
+      values = values.gather(1, order);
+      index = index.gather(1, order);
+    };
+    reorder(values, true);
+    reorder(at::isnan(values), false);
+    to_cols.copy_(index.narrow(1, 0, k));
+    to_values.copy_(values.narrow(1, 0, k));
+  });
+  return {best_cols, best_values};
+}
+
 at::Tensor bitset_pack_cuda(const at::Tensor& bits) {
   const c10::cuda::CUDAGuard guard(bits.device());
   const PackWork work = checked_bits(bits);
@@ -252,6 +292,26 @@ EdgeTensors bitset_similarity_edges_cuda(const at::Tensor& a, const OptionalTens
   return edges.sorted();
 }
 
+NeighbourTensors bitset_similarity_topk_cuda(const at::Tensor& a, const OptionalTensor& b,
+                                             std::string_view metric, int64_t k) {
+  const char* op = "bitset_similarity_topk";
+  const c10::cuda::CUDAGuard guard(a.device());
+  const Sets sets = checked_sets(op, a, b, metric);
+  check_k(op, k);
+  const at::Tensor a_sizes = set_sizes(sets.a);
+  const at::Tensor b_sizes = sets.self ? a_sizes : set_sizes(sets.b);
+  const DeviceSets device = on_device(sets, a_sizes, b_sizes);
+  const at::TensorOptions options = sets.a.options().dtype(at::kFloat);
+  return find_nearest(sets.rows, sets.cols, k, sets.self, options, [&](const Tile& tile) {
+    at::Tensor values = at::empty({tile.rows, tile.cols}, options);
+    at::Tensor is_edge = at::empty({tile.rows, tile.cols}, options.dtype(at::kBool));
+    cuda::launch("set_edges_kernel", &set_edges_kernel, tile_grid(tile), kThreads, device, tile,
+                 Pairs::all, 0.0, values.mutable_data_ptr<float>(),
+                 is_edge.mutable_data_ptr<bool>());
+    return values;
+  });
+}
+
 // The unit vectors of the rows of x, of the result's type.
 at::Tensor unit_rows(const at::Tensor& x, bool centre, at::ScalarType type) {
   at::Tensor out = at::empty({x.size(0), x.size(1)}, x.options().dtype(type));
@@ -319,6 +379,22 @@ EdgeTensors pairwise_similarity_edges_cuda(const at::Tensor& a, const OptionalTe
   return edges.sorted();
 }
 
+NeighbourTensors pairwise_similarity_topk_cuda(const at::Tensor& a, const OptionalTensor& b,
+                                               std::string_view metric, int64_t k) {
+  const char* op = "pairwise_similarity_topk";
+  const c10::cuda::CUDAGuard guard(a.device());
+  const Vectors v = checked_vectors(op, a, b, metric);
+  check_k(op, k);
+  const UnitVectors unit(v);
+  return find_nearest(v.rows, v.cols, k, v.self, unit.a.options(), [&](const Tile& tile) {
+    // Of one tensor, what lies below the diagonal is the reflection of what lies above.
+    if (!v.self || tile.row < tile.col) return unit.product(tile).clamp(-1, 1);
+    const at::Tensor upper = unit.product({tile.col, tile.row, tile.cols, tile.rows}).clamp(-1, 1);
+    if (tile.row > tile.col) return upper.t();
+    return at::triu(upper).add(at::tril(upper.t(), -1));
+  });
+}
+
 }  // namespace
 }  // namespace neusemslice::ops
 
@@ -326,6 +402,8 @@ TORCH_LIBRARY_IMPL(neusemslice, CUDA, m) {
   m.impl("bitset_pack", &neusemslice::ops::bitset_pack_cuda);
   m.impl("bitset_similarity", &neusemslice::ops::bitset_similarity_cuda);
   m.impl("bitset_similarity_edges", &neusemslice::ops::bitset_similarity_edges_cuda);
+  m.impl("bitset_similarity_topk", &neusemslice::ops::bitset_similarity_topk_cuda);
   m.impl("pairwise_similarity", &neusemslice::ops::pairwise_similarity_cuda);
   m.impl("pairwise_similarity_edges", &neusemslice::ops::pairwise_similarity_edges_cuda);
+  m.impl("pairwise_similarity_topk", &neusemslice::ops::pairwise_similarity_topk_cuda);
 }
