@@ -22,7 +22,7 @@ namespace {
 
 cpu::AccumulateContributions* accumulate_contributions() {
 #if defined(__x86_64__)
-  if (cpu::capability() == cpu::Capability::kAvx512) return &cpu::accumulate_contributions_avx512;
+  if (cpu::capability() >= cpu::Capability::kAvx512) return &cpu::accumulate_contributions_avx512;
   if (cpu::capability() == cpu::Capability::kAvx2) return &cpu::accumulate_contributions_avx2;
 #endif
   return &cpu::accumulate_contributions_portable;
