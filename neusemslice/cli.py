@@ -29,7 +29,7 @@ def _one_sentence(command: str) -> Iterator[None]:
     """Says what is wrong with the user's input in one sentence, without a traceback."""
     try:
         yield
-    except (FileNotFoundError, ImportError, TypeError, ValueError) as error:
+    except (FileNotFoundError, ImportError, NotImplementedError, TypeError, ValueError) as error:
         Console(stderr=True).print(f"[red]neusemslice {command}:[/] {error}", highlight=False)
         raise typer.Exit(1) from error
 
@@ -73,8 +73,12 @@ def profile(
     task: Annotated[Path, typer.Argument(help="Python file with model() and train().")],
     out: _Out = Path("run"),
     metric: Annotated[
-        list[str] | None, typer.Option(help="avg, var or taylor; may be given several times.")
+        list[str] | None,
+        typer.Option(help="avg, var, taylor or deeplift; may be given several times."),
     ] = None,
+    baseline: Annotated[
+        str, typer.Option(help="What deeplift compares with: zeros, or the mean of the inputs.")
+    ] = "zeros",
 ) -> None:
     """Observe every layer and class of a model in one sweep; continues where it was interrupted.
 
@@ -94,6 +98,7 @@ def profile(
             class_names=given.optional("class_names"),
             loss=given.optional("loss"),
             labels=given.optional("labels"),
+            baseline=baseline,
             checkpoint=out / f"checkpoint-{rank}-of-{world}.safetensors",
         )
         if world > 1:
@@ -105,7 +110,9 @@ def profile(
 @app.command("slice")
 def slice_(
     run: _Run = Path("run"),
-    metric: Annotated[str, typer.Option(help="How contribution is scored.")] = "taylor",
+    metric: Annotated[
+        str, typer.Option(help="How contribution is scored: a metric of the profile, or ens.")
+    ] = "taylor",
     threshold: Annotated[
         float, typer.Option(help="Share of a class's contribution that its neurons must reach.")
     ] = 0.95,

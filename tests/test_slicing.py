@@ -165,7 +165,10 @@ class TestSlicing:
 class TestRefusals:
     def test_metric_and_threshold(self):
         profile = nss.profile(settled(Mlp(), 12), VECTORS, ("avg",))
-        with pytest.raises(ValueError, match=r"metric must be one of .*\('avg',\), got 'taylor'"):
+        with pytest.raises(
+            ValueError,
+            match=r"metric must be one of .*\('avg',\), 'ens' or a function, got 'taylor'",
+        ):
             nss.slice(profile)
         for bad in (0.0, -1.0, 1.01, float("nan")):
             with pytest.raises(ValueError, match=r"threshold must lie in \(0, 1\], got"):

@@ -45,6 +45,10 @@ class Inputs:
 
         return self._map(cut)
 
+    def copy(self) -> Inputs:
+        """The same in tensors of its own, which a model that writes into its input leaves alone."""
+        return self._map(torch.clone)
+
     def normal(self) -> Inputs:
         """The same without tensors of inference mode, which autograd refuses; call it outside."""
         return self._map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)

@@ -9,10 +9,11 @@ sum to the logit's own difference: ``completeness`` says how nearly.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -80,36 +81,57 @@ def deeplift(
         NotImplementedError: for an operation without a rule, naming it and the module it is in.
         ValueError: for a baseline or classes that do not fit.
     """
+    lifted = lift(model, _as_inputs(inputs), classes, baseline, modules)
+    return Contributions(
+        lifted.difference,
+        tuple(delta * multiplier for delta, multiplier in lifted.inputs),
+        {name: delta * multiplier for name, (delta, multiplier) in lifted.modules.items()},
+    )
+
+
+class Lifted(NamedTuple):
+    """Differences between sample and baseline beside their multipliers."""
+
+    difference: Tensor
+    inputs: list[tuple[Tensor, Tensor]]
+    modules: dict[str, tuple[Tensor, Tensor]]
+
+
+def lift(
+    model: nn.Module,
+    inputs: Inputs,
+    classes: Tensor,
+    baseline: str | Tensor,
+    modules: Sequence[str],
+) -> Lifted:
+    """What ``deeplift`` multiplies; arguments and errors as there."""
     model = unwrapped(model)
     paired = Paired(model, TABLE, tuple(modules))
     with torch.inference_mode(False), _constant_parameters(model), uncompiled():
-        given = _as_inputs(inputs).normal().to(device_of(model))
+        given = inputs.normal().to(device_of(model))
         with torch.enable_grad(), paired.following():
             answer = logits_of(_with_baseline(paired, given, baseline).run(model))
         paired.check(answer)
-        target = _class_logits(answer, classes.to(answer.device))
-        difference = target.detach() - _class_logits(baseline_of(answer), classes.to(answer.device))
-        places = [leaf for leaf, _ in paired.roots]
-        places += [edge for edge, _ in paired.seen.values() if edge is not None]  # type: ignore[misc]
-        gradients: list[Tensor | None] = [None] * len(places)
-        if target.requires_grad:
-            found = torch.autograd.grad(target.sum(), places, allow_unused=True)
-            gradients = list(found)
-    del answer, target
-    source = iter(gradients)
-    ends = [_times(leaf.detach() - base, next(source)) for leaf, base in paired.roots]
-    missing = [name for name in modules if name not in paired.seen]
-    if missing:
-        raise ValueError(f"deeplift: the model did not call {missing[0]!r}")
-    seen = {
-        name: _times(delta, None if edge is None else next(source))
-        for name, (edge, delta) in paired.seen.items()
-    }
-    return Contributions(difference, tuple(ends), seen)
-
-
-def _times(delta: Tensor, gradient: Tensor | None) -> Tensor:
-    return torch.zeros_like(delta) if gradient is None else delta * gradient
+        if missing := [name for name in modules if name not in paired.seen]:
+            raise ValueError(f"deeplift: the model did not call {missing[0]!r}")
+        classes = classes.to(answer.device)
+        with torch.enable_grad():
+            target = _class_logits(answer, classes)
+        difference = target.detach() - _class_logits(baseline_of(answer), classes)
+        # In the order of the places where gradients end: leaves, then what modules read.
+        deltas = [leaf.detach() - base for leaf, base in paired.roots]
+        deltas += [delta for _, delta in paired.seen.values()]
+        places: list[Any] = [leaf for leaf, _ in paired.roots]
+        places += [edge for edge, _ in paired.seen.values()]
+        known = [place for place in places if place is not None and target.requires_grad]
+        found = torch.autograd.grad(target.sum(), known, allow_unused=True) if known else ()
+    gradients = dict(zip(map(id, known), found, strict=True))
+    pairs = []
+    for place, delta in zip(places, deltas, strict=True):
+        gradient = gradients.get(id(place))
+        pairs.append((delta, torch.zeros_like(delta) if gradient is None else gradient))
+    roots = len(paired.roots)
+    return Lifted(difference, pairs[:roots], dict(zip(paired.seen, pairs[roots:], strict=True)))
 
 
 def _as_inputs(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | Inputs) -> Inputs:
@@ -120,12 +142,18 @@ def _as_inputs(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | Inputs) ->
     return Inputs(kwargs=inputs) if isinstance(inputs, Mapping) else Inputs(tuple(inputs))
 
 
-def _with_baseline(paired: Paired, inputs: Inputs, baseline: str | Tensor) -> Inputs:
-    """The inputs, the first of which has its baseline beside it."""
-    named = not inputs.args
-    x = next(iter(inputs.kwargs.values())) if named else inputs.args[0]
+def _first(inputs: Inputs) -> tuple[str | None, Tensor]:
+    """The first input, and its name if it is given by name."""
+    name = None if inputs.args else next(iter(inputs.kwargs), None)
+    x = inputs.args[0] if name is None else inputs.kwargs[name]
     if not isinstance(x, Tensor):
         raise ValueError(f"deeplift: the first input must be a tensor, got {type(x).__name__}")
+    return name, x
+
+
+def _with_baseline(paired: Paired, inputs: Inputs, baseline: str | Tensor) -> Inputs:
+    """The inputs, the first of which has its baseline beside it."""
+    name, x = _first(inputs)
     tokens = not x.is_floating_point()
     if isinstance(baseline, str):
         if baseline != "zeros" or tokens:
@@ -148,10 +176,44 @@ def _with_baseline(paired: Paired, inputs: Inputs, baseline: str | Tensor) -> In
     if tokens and isinstance(mask, Tensor) and mask.shape == x.shape:
         other = torch.where(mask.bool(), other, x)
     both = paired.integers(x, other) if tokens else paired.root(x, other)
-    if named:
-        first = next(iter(inputs.kwargs))
-        return Inputs(kwargs={**inputs.kwargs, first: both})
+    if name is not None:
+        return Inputs(kwargs={**inputs.kwargs, name: both})
     return Inputs((both, *inputs.args[1:]), inputs.kwargs)
+
+
+def name_of_baseline(baseline: str | Tensor) -> str:
+    """What a profile remembers of its baseline: equal for equal ones."""
+    if isinstance(baseline, str):
+        return baseline
+    values = baseline.detach().cpu().contiguous()
+    digest = hashlib.sha256(f"{values.dtype} {list(values.shape)};".encode())
+    digest.update(values.flatten().view(torch.uint8).numpy().tobytes())
+    return f"tensor {digest.hexdigest()[:16]}"
+
+
+def mean_input(batches: Iterable[tuple[Inputs, Tensor]]) -> Tensor:
+    """The mean of the first input over all samples.
+
+    Raises:
+        ValueError: if it is not a floating-point tensor, or its samples differ in shape.
+    """
+    total, count = None, 0
+    for inputs, _ in batches:
+        x = _first(inputs)[1]
+        if not x.is_floating_point():
+            raise ValueError(
+                "deeplift: tokens have no mean; give a tensor of token ids as baseline"
+            )
+        part = x.double().sum(0)
+        if total is not None and total.shape != part.shape:
+            raise ValueError(
+                f"deeplift: the samples have no mean, as one has shape {list(total.shape)} and "
+                f"another {list(part.shape)}"
+            )
+        total = part if total is None else total + part
+        count += len(x)
+    assert total is not None
+    return (total / count).to(x.dtype)
 
 
 def _class_logits(logits: Tensor, classes: Tensor) -> Tensor:

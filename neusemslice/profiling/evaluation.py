@@ -37,7 +37,7 @@ class Evaluation:
         class_names: Sequence[str] | None,
         sites: Sequence[str] | None,
     ) -> None:
-        possible = tuple(metric for metric in METRICS if metric != "taylor")
+        possible = tuple(metric for metric in METRICS if metric not in ("taylor", "deeplift"))
         if not metrics or not set(metrics) <= set(possible):
             raise ValueError(
                 f"{who}: metrics must be among {possible}, because an evaluation has no "

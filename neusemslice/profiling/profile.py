@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from neusemslice.ops import (
     class_stats_merge_,
 )
 
-METRICS = ("avg", "var", "taylor")
+METRICS = ("avg", "var", "taylor", "deeplift")
 """Contribution metrics that a profile can be made for."""
 
 
@@ -37,6 +37,9 @@ class Profile:
         activations: per site, of the pooled activation ``a[n, c]``.
         contributions: per site, of the pooled ``a · g`` where ``g`` is the gradient of the
             sample's loss; empty without the metric "taylor".
+        lifts: per site, of the pooled DeepLIFT contribution to the logit of the sample's class;
+            empty without the metric "deeplift".
+        baseline: what "deeplift" compares with; empty without it.
     """
 
     graph: Graph
@@ -44,6 +47,8 @@ class Profile:
     metrics: tuple[str, ...]
     activations: dict[str, ClassStats]
     contributions: dict[str, ClassStats]
+    lifts: dict[str, ClassStats] = field(default_factory=dict)
+    baseline: str = ""
 
     @classmethod
     def empty(
@@ -52,6 +57,7 @@ class Profile:
         class_names: Iterable[str],
         metrics: Iterable[str],
         device: torch.device | str | None = None,
+        baseline: str = "",
     ) -> Profile:
         """The profile of no sample."""
         names, wanted = tuple(class_names), tuple(metrics)
@@ -68,6 +74,8 @@ class Profile:
             wanted,
             states(STATISTICS),
             states(CONTRIBUTION_STATISTICS) if "taylor" in wanted else {},
+            states(CONTRIBUTION_STATISTICS) if "deeplift" in wanted else {},
+            baseline if "deeplift" in wanted else "",
         )
 
     @property
@@ -82,24 +90,43 @@ class Profile:
     def nonfinite(self) -> dict[str, int]:
         """Number of NaN or infinite values at each site that had any; waits for the device."""
         counts = {}
-        for name, stats in self.activations.items():
-            total = int(stats.nonfinite.sum())
-            if name in self.contributions:
-                total += int(self.contributions[name].nonfinite.sum())
+        for name in self.activations:
+            states = (part[name] for part in self._parts().values() if name in part)
+            total = sum(int(state.nonfinite.sum()) for state in states)
             if total:
                 counts[name] = total
         return counts
 
+    def overall(self) -> Profile:
+        """The same samples as one class: scores and slices of it do not tell classes apart."""
+
+        def joined(stats: dict[str, ClassStats]) -> dict[str, ClassStats]:
+            return {name: _joined(state) for name, state in stats.items()}
+
+        return Profile(
+            self.graph,
+            ("all",),
+            self.metrics,
+            joined(self.activations),
+            joined(self.contributions),
+            joined(self.lifts),
+            self.baseline,
+        )
+
     # Merging.
+
+    def _parts(self) -> dict[str, dict[str, ClassStats]]:
+        return {
+            "activations": self.activations,
+            "contributions": self.contributions,
+            "lifts": self.lifts,
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """The statistics as a flat dict; the tensors are the profile's own."""
         return {
             f"{part}/{site}/{name}": tensor
-            for part, stats in (
-                ("activations", self.activations),
-                ("contributions", self.contributions),
-            )
+            for part, stats in self._parts().items()
             for site, state in stats.items()
             for name, tensor in state.tensors().items()
         }
@@ -128,14 +155,14 @@ class Profile:
         """Adds the samples of ``other`` to this profile, as if one had seen all of them.
 
         Raises:
-            ValueError: if the two are of different models, classes or metrics; nothing has changed
-                then.
+            ValueError: if the two are of different models, classes, metrics or baselines; nothing
+                has changed then.
         """
         self._refuse_other("merge", other._subject())
-        for name, state in self.activations.items():
-            class_stats_merge_(state, other.activations[name])
-        for name, state in self.contributions.items():
-            class_stats_merge_(state, other.contributions[name])
+        theirs = other._parts()
+        for part, stats in self._parts().items():
+            for name, state in stats.items():
+                class_stats_merge_(state, theirs[part][name])
 
     def _subject(self) -> dict[str, Any]:
         """What two profiles must have in common to be merged."""
@@ -144,6 +171,7 @@ class Profile:
             "sites": sorted(self.activations),
             "classes": self.class_names,
             "metrics": sorted(self.metrics),
+            "baselines": self.baseline,
         }
 
     def _refuse_other(self, caller: str, subject: dict[str, Any]) -> None:
@@ -178,6 +206,7 @@ class Profile:
             self.class_names,
             self.metrics,
             next(iter(self.state_dict().values())).device,
+            self.baseline,
         )
         for source in range(world):
             part = own if source == rank else copy.deepcopy(total)
@@ -207,6 +236,7 @@ class Profile:
             "graph": self.graph.to_json(),
             "class_names": list(self.class_names),
             "metrics": list(self.metrics),
+            "baseline": self.baseline,
         }
         return self.state_dict(), content
 
@@ -217,6 +247,30 @@ class Profile:
             Graph.from_json(content["graph"]),
             (str(name) for name in content["class_names"]),
             (str(metric) for metric in content["metrics"]),
+            baseline=str(content["baseline"]),
         )
         read.load_state_dict(tensors)
         return read
+
+
+def _joined(state: ClassStats) -> ClassStats:
+    """The state in which all classes are one."""
+    joined = ClassStats(
+        state.count.sum(0, keepdim=True),
+        state.positions.sum(0, keepdim=True),
+        state.nonfinite.clone(),
+    )
+    of_samples = (state.count / joined.count.clamp_min(1e-300)).unsqueeze(1)
+    of_positions = (state.positions / joined.positions.clamp_min(1e-300)).unsqueeze(1)
+    if state.mean is not None:
+        joined.mean = (of_samples * state.mean).sum(0, keepdim=True)
+        if state.m2 is not None:
+            apart = state.count.unsqueeze(1) * (state.mean - joined.mean) ** 2
+            joined.m2 = (state.m2 + apart).sum(0, keepdim=True)
+    if state.mean_abs is not None:
+        joined.mean_abs = (of_positions * state.mean_abs).sum(0, keepdim=True).float()
+    if state.max is not None:
+        joined.max = state.max.amax(0, keepdim=True)
+    if state.active is not None:
+        joined.active = (of_positions * state.active).sum(0, keepdim=True).float()
+    return joined

@@ -28,8 +28,9 @@ from neusemslice.graph import (
     trace,
     unwrapped,
 )
-from neusemslice.ops import ClassOrder, class_order, class_stats_
+from neusemslice.ops import ClassOrder, class_order, class_stats_, contribution_
 from neusemslice.profiling.batching import as_labels, as_mask
+from neusemslice.profiling.deeplift import lift, name_of_baseline
 from neusemslice.profiling.profile import METRICS, Profile
 
 
@@ -38,12 +39,14 @@ class _Batch:
     """The batch that is being observed: its labels, and what the gradients will need."""
 
     order: ClassOrder
+    classes: Tensor
     labels: torch.Size
     weights: Tensor | None
     mask: Tensor | None
     observed: bool = False
     seen: dict[str, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
+    inputs: list[Inputs] = field(default_factory=list)
 
 
 class Profiler:
@@ -56,8 +59,9 @@ class Profiler:
         profile = profiler.profile
 
     With "taylor" among the metrics, the block must also run a backward pass of a loss that is
-    summed over the samples. The model's mode and flags are yours: use ``model.eval()`` unless you
-    want statistics of training mode.
+    summed over the samples. With "deeplift", the model is run once more at the block's end, beside
+    its baseline (see ``nss.profiling.deeplift``). The model's mode and flags are yours: use
+    ``model.eval()`` unless you want statistics of training mode.
 
     Hooks are there between entering and leaving the profiler; ``batch`` alone installs them for
     its own block. The compiler is reset whenever hooks come or go, because compiled code would
@@ -78,6 +82,8 @@ class Profiler:
         num_classes: ``K``; by default the number of the model's outputs.
         class_names: ``K`` names; by default "0", "1", ….
         sites: shell patterns of the names of sites to observe; all by default.
+        baseline: what "deeplift" compares with: "zeros", or a tensor that broadcasts to the first
+            input; token ids where that holds tokens.
 
     Attributes:
         profile: the statistics so far.
@@ -98,6 +104,7 @@ class Profiler:
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         sites: Sequence[str] | None = None,
+        baseline: str | Tensor = "zeros",
     ) -> None:
         unknown = [metric for metric in metrics if metric not in METRICS]
         if unknown or not metrics:
@@ -110,12 +117,16 @@ class Profiler:
             names = tuple(str(i) for i in range(k)) if class_names is None else tuple(class_names)
             if len(names) != k:
                 raise ValueError(f"profile: class_names must be {k} names, got {len(names)}")
-            profile = Profile.empty(graph, names, metrics, device_of(model))
+            profile = Profile.empty(
+                graph, names, metrics, device_of(model), name_of_baseline(baseline)
+            )
         self.profile = profile
         self.batches = 0
         # Labels that were neither counted nor -100: those out of range, which a GPU passes over.
         self._lost = profile.samples.new_zeros((), dtype=torch.int64)
         self._gradients = "taylor" in metrics
+        self._lifts = "deeplift" in metrics
+        self._baseline = baseline
         # A module can be the first reader of several sites (a concatenation).
         self._observed: dict[str, list[Site]] = {}
         for site in graph.sites:
@@ -183,6 +194,14 @@ class Profiler:
                 self._hook(name), with_kwargs=True, prepend=is_sharded(module)
             )
             self._handles.append(handle)
+        if self._lifts:
+            self._handles.append(
+                self._model.register_forward_pre_hook(self._note_inputs, with_kwargs=True)
+            )
+
+    def _note_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: Any) -> None:
+        if self._batch is not None:
+            self._batch.inputs.append(Inputs(args, kwargs).copy())
 
     def _remove(self) -> None:
         for handle in self._handles:
@@ -223,12 +242,16 @@ class Profiler:
                 )
             if self._gradients:
                 self._contribute(batch)
+            if self._lifts:
+                self._batch = None  # the hooks have seen the batch
+                self._lift(batch)
         finally:
             self._batch = None
             # An activation holds its hook, which holds the batch: a cycle through autograd, which
             # the garbage collector does not see.
             batch.seen.clear()
             batch.gradients.clear()
+            batch.inputs.clear()
             if not installed:
                 self._remove()
 
@@ -273,6 +296,7 @@ class Profiler:
             self._lost += lost.to(device, non_blocking=True)
         return _Batch(
             order.to(device),
+            y,
             shape,
             None if weights is None else weights.to(device, non_blocking=True),
             None if mask is None else mask.to(device, non_blocking=True),
@@ -330,6 +354,28 @@ class Profiler:
                     batch.order,
                     weight=batch.weights,
                 )
+
+    def _lift(self, batch: _Batch) -> None:
+        """Adds the DeepLIFT contributions of the batch."""
+        if not batch.inputs:
+            raise RuntimeError(
+                "profile: the metric 'deeplift' needs the model itself to be called in the "
+                "batch's block, not only parts of it"
+            )
+        for inputs in batch.inputs:
+            lifted = lift(self._model, inputs, batch.classes, self._baseline, [*self._observed])
+            for name, (delta, multiplier) in lifted.modules.items():
+                for site in self._observed[name]:
+                    view = _view(site, delta, batch)
+                    contribution_(
+                        self.profile.lifts[site.name],
+                        view.x,
+                        _view(site, multiplier, batch).x,
+                        batch.order,
+                        weight=batch.weights,
+                        mask=view.mask,
+                        neuron_dim=site.readers[0].neuron_dim,
+                    )
 
 
 @dataclass

@@ -18,6 +18,7 @@ from neusemslice import _files
 from neusemslice._progress import track
 from neusemslice.graph import device_of, evaluation, logits_of, smallest
 from neusemslice.profiling.batching import LabelsOf, batches
+from neusemslice.profiling.deeplift import mean_input
 from neusemslice.profiling.profile import METRICS, Profile
 from neusemslice.profiling.profiler import Profiler
 
@@ -38,6 +39,7 @@ def profile(
     sites: Sequence[str] | None = None,
     loss: LossOf | None = None,
     labels: LabelsOf | None = None,
+    baseline: str | Tensor = "zeros",
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Profile:
     """Observes every site and every class of a model in one sweep over a loader.
@@ -67,6 +69,9 @@ def profile(
         sites: shell patterns of the names of sites to observe; all by default.
         loss: for models whose loss is not the cross-entropy of the logits.
         labels: for batches of another form; takes a batch and returns its labels.
+        baseline: what "deeplift" compares with: "zeros", "mean" for the mean of the loader's
+            inputs (it is gone through once more, and each rank has its own), or a tensor that
+            broadcasts to the first input; token ids where that holds tokens.
         checkpoint: a file that keeps the work so far, written atomically about every half minute.
             If it exists, the sweep continues behind it, and ends with the same bits as one that
             was not interrupted; the loader must give the same batches in the same order. It is
@@ -74,9 +79,12 @@ def profile(
 
     Raises:
         ValueError, TypeError: for an unknown metric, a pattern that matches no site, a loader that
-            yields nothing, labels or batches of another form, a model that returns no logits, or a
-            checkpoint of another sweep. For labels out of range, naming the batch and the label;
-            where labels are on a GPU, at the next checkpoint or the end, with their number.
+            yields nothing, labels or batches of another form, a model that returns no logits, a
+            baseline that does not fit, or a checkpoint of another sweep. For labels out of range,
+            naming the batch and the label; where labels are on a GPU, at the next checkpoint or
+            the end, with their number.
+        NotImplementedError: with "deeplift", for an operation without a rule, naming it and the
+            module it is in.
     """
     if unknown := [metric for metric in metrics if metric not in METRICS]:
         raise ValueError(f"profile: metrics must be among {METRICS}, got {tuple(unknown)}")
@@ -84,6 +92,11 @@ def profile(
         model = model.module  # the wrapper's forward pass would wait for the other ranks
     device = device_of(model)
     gradients = "taylor" in metrics
+    if isinstance(baseline, str) and baseline not in ("zeros", "mean"):
+        raise ValueError(f"profile: baseline must be 'zeros', 'mean' or a tensor, got {baseline!r}")
+    mean = isinstance(baseline, str) and baseline == "mean"
+    if mean and "deeplift" in metrics:
+        baseline = _mean(loader, labels)
     loss = loss or _cross_entropy
     profiler: Profiler | None = None
     with (
@@ -105,7 +118,11 @@ def profile(
                     num_classes=num_classes,
                     class_names=class_names,
                     sites=sites,
+                    baseline=baseline,
                 )
+                if mean:
+                    # Each share of the data has a mean of its own; their profiles can be merged.
+                    profiler.profile.baseline = "mean"
                 if gradients and loss is _cross_entropy:
                     _check_outputs(profiler.profile)
                 stack.enter_context(profiler)
@@ -134,6 +151,12 @@ def profile(
     if checkpoint is not None:
         Path(checkpoint).unlink(missing_ok=True)
     return profiler.profile
+
+
+def _mean(loader: Iterable[Any], labels: LabelsOf | None) -> Tensor:
+    if iter(loader) is loader:
+        raise ValueError("profile: the mean needs a loader that can be gone through twice")
+    return mean_input(batches(track(loader, "baseline"), "profile", labels, soft=True))
 
 
 def _save(path: str | os.PathLike[str], found: Profile, batches_seen: int) -> None:

@@ -8,7 +8,19 @@ avg       ``|mean of a|`` over the class's samples
 var       variance of ``a`` within the class
 taylor    mean of ``|a · g|``: the first-order change of the loss if the neuron were 0
           (Molchanov et al., Importance Estimation for Neural Network Pruning, 2019)
+deeplift  mean of ``|Δa · m|``: what the neuron's difference from its activation on the
+          baseline does to the logit of the sample's class (``nss.profiling.deeplift``)
+ens       mean of the shares by the metrics that the profile was made for
 ========  =============================================================================
+
+A function of your own is as good as these. By the share of positions where a neuron is active:
+
+    def firing(profile, site):
+        return profile.activations[site].active
+
+    slicing = nss.slice(profile, metric=firing)
+
+Of ``profile.overall()``, in which all classes are one, each score is the class-agnostic one.
 """
 
 from __future__ import annotations
@@ -42,7 +54,70 @@ def taylor(profile: Profile, site: str) -> Tensor:
     return mean_abs.double()
 
 
-SCORES: dict[str, Score] = {"avg": avg, "var": var, "taylor": taylor}
+def deeplift(profile: Profile, site: str) -> Tensor:
+    """Mean of ``|DeepLIFT contribution|`` to the class's own logit, ``[K, C]``."""
+    mean_abs = profile.lifts[site].mean_abs
+    assert mean_abs is not None
+    return mean_abs.double()
+
+
+def ens(profile: Profile, site: str) -> Tensor:
+    """Mean of the shares by each of the metrics that the profile was made for, ``[K, C]``."""
+    each = [shares(SCORES[metric](profile, site)) for metric in profile.metrics]
+    return torch.stack(each).mean(0)
+
+
+SCORES: dict[str, Score] = {
+    "avg": avg,
+    "var": var,
+    "taylor": taylor,
+    "deeplift": deeplift,
+    "ens": ens,
+}
+"""The scores that have a name; "ens" is of every profile, the others of one made for them."""
+
+
+def score_of(profile: Profile, metric: str | Score) -> Score:
+    """The score of that name; a score itself as it is.
+
+    Raises:
+        ValueError: for a name that the profile has no score of.
+    """
+    if not isinstance(metric, str):
+        return metric
+    if metric not in (*profile.metrics, "ens"):
+        raise ValueError(
+            f"slice: metric must be one of the profile's {profile.metrics}, 'ens' or a "
+            f"function, got {metric!r}"
+        )
+    return SCORES[metric]
+
+
+def scored(profile: Profile, score: Score, site: str) -> Tensor:
+    """A site's scores on the CPU, checked.
+
+    Raises:
+        TypeError, ValueError: naming the score and the site, if it gives something else.
+    """
+    given = score(profile, site)
+    name = getattr(score, "__name__", repr(score))
+    shape = (profile.num_classes, profile.graph.site(site).neurons)
+    if not isinstance(given, Tensor):
+        raise TypeError(
+            f"slice: the score {name} must give a tensor {list(shape)} for site {site}, "
+            f"got {type(given).__name__}"
+        )
+    if given.shape != shape:
+        raise ValueError(
+            f"slice: the score {name} must give {list(shape)} for site {site}, "
+            f"got {list(given.shape)}"
+        )
+    given = given.detach().cpu().double()
+    if not bool((given.isfinite() & (given >= 0)).all()):
+        raise ValueError(
+            f"slice: the score {name} must be finite and not negative, at site {site} it is not"
+        )
+    return given
 
 
 def shares(scores: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from neusemslice import _files
 from neusemslice.ops import bitset_pack, bitset_similarity, pairwise_similarity_edges
 from neusemslice.profiling import Profile
-from neusemslice.slicing.scores import SCORES, critical_sets, shares
+from neusemslice.slicing.scores import Score, critical_sets, score_of, scored, shares
 from neusemslice.slicing.slice import Slice
 
 SAME_COMPONENT = 0.8
@@ -44,7 +44,7 @@ class SemanticSlicing:
 
     Attributes:
         profile: what it was made from.
-        metric, threshold: how contribution was scored, and θ.
+        metric, threshold: how contribution was scored (of a function its name), and θ.
         shares: per site, contribution shares, float64 ``[K, C]``.
         critical: per site, critical sets, bool ``[K, C]``.
         class_similarity: Jaccard similarity of the classes' critical sets over all sites,
@@ -97,6 +97,7 @@ class SemanticSlicing:
         """Writes the slicing and the profile that it was made from to one file, atomically."""
         tensors, content = self.profile.to_file()
         tensors |= {f"components/{name}": c for name, c in self.components.items()}
+        tensors |= {f"shares/{name}": p for name, p in self.shares.items()}
         tensors["class_similarity"] = self.class_similarity
         tensors["class_groups"] = self.class_groups
         content |= {"metric": self.metric, "threshold": self.threshold}
@@ -112,14 +113,14 @@ class SemanticSlicing:
 
         def build(tensors: dict[str, Tensor], content: dict[str, Any]) -> SemanticSlicing:
             profile = Profile.from_file(tensors, content)
-            metric, threshold = str(content["metric"]), float(content["threshold"])
-            p, critical = _critical(profile, metric, threshold)
+            threshold = float(content["threshold"])
+            p = {s.name: tensors[f"shares/{s.name}"] for s in profile.graph.sites}
             return cls(
                 profile=profile,
-                metric=metric,
+                metric=str(content["metric"]),
                 threshold=threshold,
                 shares=p,
-                critical=critical,
+                critical={name: critical_sets(site, threshold) for name, site in p.items()},
                 class_similarity=tensors["class_similarity"],
                 class_groups=tensors["class_groups"],
                 components={s.name: tensors[f"components/{s.name}"] for s in profile.graph.sites},
@@ -129,24 +130,22 @@ class SemanticSlicing:
 
 
 def slice_profile(
-    profile: Profile, metric: str = "taylor", threshold: float = 0.95
+    profile: Profile, metric: str | Score = "taylor", threshold: float = 0.95
 ) -> SemanticSlicing:
     """Slices a profile semantically.
 
     Args:
         profile: what ``neusemslice.profile`` gave.
-        metric: how contribution is scored; one that the profile was made for.
+        metric: how contribution is scored: one that the profile was made for, "ens", or a function
+            of your own (see ``neusemslice.slicing.scores``).
         threshold: θ in (0, 1], the share of a class's contribution that its critical set reaches.
 
     Raises:
         ValueError: for a metric that the profile does not have, θ outside (0, 1], a profile
             without samples, or one that met NaN or infinite activations (the message names the
-            site and the count).
+            site and the count); for a function that gives no scores (the message names it).
     """
-    if metric not in profile.metrics:
-        raise ValueError(
-            f"slice: metric must be one of the profile's {profile.metrics}, got {metric!r}"
-        )
+    score = score_of(profile, metric)
     if not 0 < threshold <= 1:
         raise ValueError(f"slice: threshold must lie in (0, 1], got {threshold}")
     if bad := profile.nonfinite():
@@ -154,12 +153,13 @@ def slice_profile(
         raise ValueError(f"slice: the profile met activations that are NaN or infinite at {listed}")
     if not bool((profile.samples > 0).any()):
         raise ValueError("slice: the profile has no sample of any class")
-    p, critical = _critical(profile, metric, threshold)
+    p = {s.name: shares(scored(profile, score, s.name)) for s in profile.graph.sites}
+    critical = {name: critical_sets(site, threshold) for name, site in p.items()}
     sets = torch.cat([critical[s.name] for s in profile.graph.sites], dim=1)
     similarity = bitset_similarity(bitset_pack(sets), metric="jaccard")
     return SemanticSlicing(
         profile=profile,
-        metric=metric,
+        metric=metric if isinstance(metric, str) else getattr(metric, "__name__", repr(metric)),
         threshold=threshold,
         shares=p,
         critical=critical,
@@ -167,13 +167,6 @@ def slice_profile(
         class_groups=_class_groups(similarity),
         components=_components(p, critical),
     )
-
-
-def _critical(
-    profile: Profile, metric: str, threshold: float
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    p = {s.name: shares(SCORES[metric](profile, s.name).cpu()) for s in profile.graph.sites}
-    return p, {name: critical_sets(site, threshold) for name, site in p.items()}
 
 
 def _class_groups(similarity: Tensor) -> Tensor:
