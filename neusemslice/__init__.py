@@ -12,15 +12,18 @@ grown = nss.extend(model, slicing, new_classes_loader)
 from neusemslice import ops, optim
 from neusemslice.maintain import extend, readapt, restructure
 from neusemslice.profiling import Profile, Profiler, profile
+from neusemslice.report import Faithfulness, faithfulness
 from neusemslice.slicing import SemanticSlicing, Slice
 from neusemslice.slicing import slice_profile as slice  # noqa: A004
 
 __all__ = [
+    "Faithfulness",
     "Profile",
     "Profiler",
     "SemanticSlicing",
     "Slice",
     "extend",
+    "faithfulness",
     "ops",
     "optim",
     "profile",

@@ -28,7 +28,16 @@ OPS = [
 
 
 def test_public_names():
-    for name in ("profile", "slice", "restructure", "readapt", "extend", "Slice", "Profile"):
+    for name in (
+        "profile",
+        "slice",
+        "faithfulness",
+        "restructure",
+        "readapt",
+        "extend",
+        "Slice",
+        "Profile",
+    ):
         assert name in nss.__all__
         assert inspect.getdoc(getattr(nss, name)), f"{name} has no docstring"
     assert {"MaskedSGD", "MaskedAdamW"} <= set(nss.optim.__all__)

@@ -1,12 +1,15 @@
 """Tables and figures."""
 
+from neusemslice.report.faithfulness import Faithfulness, faithfulness
 from neusemslice.report.figures import plot_outcome, plot_slicing
 from neusemslice.report.outcome import Outcome
 from neusemslice.report.outcome_table import print_outcome
 from neusemslice.report.tables import print_profile, print_slicing
 
 __all__ = [
+    "Faithfulness",
     "Outcome",
+    "faithfulness",
     "plot_outcome",
     "plot_slicing",
     "print_outcome",

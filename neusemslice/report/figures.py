@@ -1,4 +1,4 @@
-"""Figures of a slicing and of the demo's outcome."""
+"""Figures of a slicing, of its faithfulness, and of the demo's outcome."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from neusemslice.report.outcome import Outcome
 from neusemslice.slicing import SemanticSlicing
 
-_MAIN, _LIGHT = "#2f5d8a", "#b9cbdd"
+if TYPE_CHECKING:
+    from neusemslice.report.faithfulness import Faithfulness
+
+_MAIN, _LIGHT, _OTHER = "#2f5d8a", "#b9cbdd", "#c2703d"
 
 
 @contextmanager
@@ -70,6 +73,56 @@ def plot_slicing(slicing: SemanticSlicing, path: Path) -> None:
         bars.set_xlabel("share of the site's neurons")
         bars.set_title(f"Critical at θ = {slicing.threshold:g} ({slicing.metric})", pad=26)
         bars.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False)
+
+
+def plot_faithfulness(found: Faithfulness, path: Path) -> None:
+    """Accuracy against θ, and by class at the θ where the slice is furthest above chance."""
+    chance, deviation = found.chance()
+    kept, dropped = found.over_classes(found.kept), found.over_classes(found.dropped)
+    with _figure(path, 11, 4.4, 2) as (lines, bars):
+        at = list(range(len(found.thresholds)))
+        whole = float(found.over_classes(found.whole))
+        lines.axhline(whole, color="#999999", linewidth=1, linestyle="--", label="whole model")
+        band = deviation.nan_to_num()
+        lines.fill_between(at, chance - band, chance + band, color=_LIGHT, linewidth=0)
+        for name, values, colour in (
+            ("slice", kept, _MAIN),
+            ("random, equal size", chance, "#7f9cb8"),
+            ("complement", dropped, _OTHER),
+        ):
+            lines.plot(at, values, marker="o", color=colour, label=name)
+        lines.set_xticks(
+            at,
+            [
+                f"{threshold:.3g}\n{float(share):.0%}"
+                for threshold, share in zip(found.thresholds, found.density, strict=True)
+            ],
+        )
+        lines.set_xlabel("threshold θ, and the slice's share of the neurons")
+        lines.set_ylim(0, 1.02)
+        lines.set_ylabel("accuracy")
+        lines.set_title(f"What slices by {found.metric} answer alone", pad=26)
+        lines.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=4, frameon=False, fontsize=8
+        )
+
+        best = int((kept - chance).argmax())
+        classes = torch.arange(len(found.class_names))
+        for offset, name, values, colour in (
+            (-0.27, "slice", found.kept[best], _MAIN),
+            (0.0, "random, equal size", found.random[best].mean(0), _LIGHT),
+            (0.27, "complement", found.dropped[best], _OTHER),
+        ):
+            bars.bar(classes + offset, values, 0.26, color=colour, label=name)
+        longest = max(map(len, found.class_names))
+        turned = {"rotation": 45, "ha": "right"} if longest > 3 else {}
+        bars.set_xticks(classes, found.class_names, fontsize=8, **turned)
+        bars.set_ylim(0, 1.02)
+        bars.set_ylabel("accuracy")
+        bars.set_title(f"By class at θ = {found.thresholds[best]:.3g}", pad=26)
+        bars.legend(
+            loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False, fontsize=8
+        )
 
 
 def plot_outcome(outcome: Outcome, path: Path) -> None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from neusemslice.profiling import Profile
 from neusemslice.slicing import SemanticSlicing
+
+if TYPE_CHECKING:
+    from neusemslice.report.faithfulness import Faithfulness
+
+_LISTED_CLASSES = 20
+"""With more classes a table shows those that lose most, this many."""
 
 
 def _table(title: str, *columns: str) -> Table:
@@ -64,3 +73,43 @@ def print_slicing(slicing: SemanticSlicing, path: Path, console: Console) -> Non
     listed = "; ".join(", ".join(names) for names in groups.values())
     console.print(f"{slicing.num_components} semantic components; class groups: {listed}")
     console.print(f"wrote [bold]{path}[/]", highlight=False)
+
+
+def faithfulness_table(found: Faithfulness) -> Table:
+    """Accuracy of slices, random slices and complements: over all classes, then class by class."""
+    title = f"Accuracy of slices by {found.metric}"
+    table = _table(title, "", "neurons", "whole", "slice", "random, equal size", "complement")
+    overall, kept, dropped = map(found.over_classes, (found.whole, found.kept, found.dropped))
+    chance, deviation = found.chance()
+    for t, threshold in enumerate(found.thresholds):
+        table.add_section()
+        table.add_row(
+            f"[bold]θ = {threshold:.3g}[/]",
+            f"{float(found.density[t]):.1%}",
+            _percent(overall),
+            _percent(kept[t]),
+            _percent(chance[t], deviation[t]),
+            _percent(dropped[t]),
+        )
+        present = [k for k, count in enumerate(found.samples.tolist()) if count]
+        if len(present) > _LISTED_CLASSES:
+            loss = (found.whole - found.kept[t]).tolist()
+            present = sorted(sorted(present, key=lambda k: -loss[k])[:_LISTED_CLASSES])
+        for k in present:
+            draws = found.random[t, :, k]
+            table.add_row(
+                f"  {found.class_names[k]}",
+                "",
+                _percent(found.whole[k]),
+                _percent(found.kept[t, k]),
+                _percent(draws.mean(), draws.std() if len(draws) > 1 else draws.mean() * math.nan),
+                _percent(found.dropped[t, k]),
+            )
+    return table
+
+
+def _percent(value: Tensor, deviation: Tensor | None = None) -> str:
+    text = f"{float(value):.1%}"
+    if deviation is None or math.isnan(float(deviation)):
+        return text
+    return f"{text} ± {float(deviation):4.1%}"
