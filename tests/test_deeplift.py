@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 import transformer_models
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from neusemslice import reference
 from neusemslice.profiling import deeplift
@@ -381,6 +382,41 @@ def test_an_operation_without_a_rule_is_refused_by_name_and_module(operation):
     message = rf"(?s)deeplift: {operation} in .*(1\.1 \(Refused\)|the model itself|2 \(Flatten\))"
     with pytest.raises(NotImplementedError, match=message):
         deeplift(model, x, torch.tensor([0, 1, 2]))
+
+
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    return torch.relu(x) * 2
+
+
+class Elsewhere(nn.Module):
+    """A network a part of which runs outside torch's Python functions."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.first, self.head = nn.Linear(12, 8), nn.Linear(8, 4)
+        if kind == "script module":
+            self.act = torch.jit.script(nn.Sequential(nn.ReLU()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        if self.kind == "script":
+            x = scripted(x)
+        elif self.kind == "script module":
+            x = self.act(x)
+        elif self.kind == "vmap":
+            x = torch.vmap(torch.relu)(x)
+        else:
+            x = checkpoint(F.gelu, x, use_reentrant=self.kind == "reentrant")
+        return self.head(x)
+
+
+@pytest.mark.parametrize("kind", ["script", "script module", "vmap", "reentrant", "checkpoint"])
+def test_what_runs_elsewhere_is_refused(kind):
+    message = "torch.utils.checkpoint" if kind == "checkpoint" else "custom autograd functions"
+    with pytest.raises(NotImplementedError, match=message):
+        deeplift(Elsewhere(kind), models.images(3, 12), torch.arange(3))
 
 
 def test_indices_that_differ_between_sample_and_baseline_are_refused():

@@ -53,6 +53,28 @@ class TestDeepLift:
                 got.mean_abs.double(), expected.mean_abs, rtol=1e-4, atol=1e-5 * scale
             )
 
+    def test_equals_the_oracle_of_single_neurons_and_samples(self):
+        model = mlp().double()
+        layers = [(m.weight.detach(), m.bias.detach()) for m in model.children()]
+        x, y = images(9, 12).double(), torch.arange(9) % 4
+        baseline = x.mean(0)
+        profile = nss.profile(
+            model, [(x[:4], y[:4]), (x[4:], y[4:])], ("deeplift",), baseline="mean"
+        )
+        found = [
+            reference.deeplift_relu(layers, sample, baseline, int(label))
+            for sample, label in zip(x, y, strict=True)
+        ]
+        for depth, site in enumerate(("first", "second"), 1):
+            each = torch.tensor([c[depth] for c in found], dtype=torch.float64)
+            for k in range(4):
+                own = each[y == k]
+                got = profile.lifts[site]
+                torch.testing.assert_close(got.mean[k], own.mean(0), rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(
+                    got.mean_abs[k].double(), own.abs().mean(0), rtol=1e-6, atol=1e-9
+                )
+
     def test_of_a_layer_sums_to_the_mean_difference_of_the_class(self):
         model = mlp()
         profile = nss.profile(model, VECTORS, ("deeplift",))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from neusemslice.graph import Inputs, device_of, logits_of, unwrapped
 from neusemslice.graph.model import uncompiled
@@ -67,7 +68,7 @@ def deeplift(
 
     The model runs in the mode it is in; evaluation mode, if it has dropout or norms that take
     statistics from the batch, for these have no rule. Nothing of it is changed, no gradient of a
-    weight is computed. Compiled parts run as they were written.
+    weight is computed. Compiled parts run as they were written. Samples must not see each other.
 
     Args:
         model: returns logits ``[N, K]`` or ``[N, T, K]``, or what ``nss.profile`` takes.
@@ -124,7 +125,13 @@ def lift(
         places: list[Any] = [leaf for leaf, _ in paired.roots]
         places += [edge for edge, _ in paired.seen.values()]
         known = [place for place in places if place is not None and target.requires_grad]
-        found = torch.autograd.grad(target.sum(), known, allow_unused=True) if known else ()
+        try:
+            found = torch.autograd.grad(target.sum(), known, allow_unused=True) if known else ()
+        except CheckpointError as error:
+            raise NotImplementedError(
+                "deeplift: the model runs parts of itself again in its backward pass "
+                "(torch.utils.checkpoint), where there is no baseline; use model.eval()"
+            ) from error
     gradients = dict(zip(map(id, known), found, strict=True))
     pairs = []
     for place, delta in zip(places, deltas, strict=True):

@@ -97,6 +97,8 @@ class Paired(TorchFunctionMode):
         handles = []
         try:
             for name, module in self._model.named_modules():
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue  # has no hooks, and gives tensors that `check` refuses
                 enter, leave = self._enter(name), self._leave
                 handles += [
                     module.register_forward_pre_hook(enter, with_kwargs=True),

@@ -260,8 +260,9 @@ def _joined(state: ClassStats) -> ClassStats:
         state.positions.sum(0, keepdim=True),
         state.nonfinite.clone(),
     )
-    of_samples = (state.count / joined.count.clamp_min(1e-300)).unsqueeze(1)
-    of_positions = (state.positions / joined.positions.clamp_min(1e-300)).unsqueeze(1)
+    tiny = torch.finfo(torch.float64).tiny
+    of_samples = (state.count / joined.count.clamp_min(tiny)).unsqueeze(1)
+    of_positions = (state.positions / joined.positions.clamp_min(tiny)).unsqueeze(1)
     if state.mean is not None:
         joined.mean = (of_samples * state.mean).sum(0, keepdim=True)
         if state.m2 is not None:

@@ -87,7 +87,7 @@ def _elementwise(mode: Paired, call: Call, *, exact: bool) -> Tensor:
         delta, close = delta.expand(value.shape), close.expand(value.shape)
         if slope.shape != value.shape:
             raise mode.refusal(call, "there is no rule for it with a constant of a larger shape")
-    m = torch.where(close, slope, (value - baseline) / delta.masked_fill(close, 1))
+    m = torch.where(close, slope, (value - baseline).div_(delta))
     return _attached(mode, call, standin, value, baseline, m)
 
 
@@ -116,7 +116,7 @@ def _closed(form: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Rule:
 
 def _ratio(t: Tensor) -> Tensor:
     """``(1 - exp(-t)) / t`` for ``t >= 0``."""
-    return torch.where(t == 0, 1.0, -torch.expm1(-t) / t.masked_fill(t == 0, 1))
+    return torch.where(t == 0, 1.0, -torch.expm1(-t) / t)
 
 
 def _exp(a: Tensor, b: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -137,9 +137,7 @@ def _reciprocal(a: Tensor, b: Tensor, y: Tensor, z: Tensor) -> Tensor:
 
 
 def _relu(a: Tensor, b: Tensor, y: Tensor, z: Tensor) -> Tensor:
-    delta = a - b
-    same = delta == 0
-    return torch.where(same, (a > 0).to(a.dtype), (y - z) / delta.masked_fill(same, 1))
+    return torch.where(a == b, (a > 0).to(a.dtype), (y - z).div_(a - b))
 
 
 CLOSED: dict[str, Rule] = {
