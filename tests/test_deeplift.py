@@ -96,6 +96,7 @@ IMAGE_FUNCTIONS = {
     "clamp": lambda x: x.clamp(-0.3, 0.5) + x.clamp_min(0) + torch.maximum(x, torch.tensor(0.2)),
     "powers": lambda x: x**2 + x**3 + (x.abs() + 1) ** 0.5 + 2**x + (1 + x.pow(2)).reciprocal(),
     "quotient": lambda x: x / (1 + x.abs()) + 1 / (2 + x.exp()) + (x / 2) / x.mean(1, keepdim=True),
+    "keywords": lambda x: torch.div(input=x, other=1 + x.abs()) + torch.lerp(x, x.exp(), x),
     "product": lambda x: x * x.sigmoid() * x.flip(1) + torch.addcmul(x, x, x),
     "einsum": lambda x: torch.einsum("nchw,ndhw->ncd", x, x.tanh()),
     "softmax": lambda x: x.softmax(1) + F.log_softmax(x * 3, 2) + F.softmin(x, 3),

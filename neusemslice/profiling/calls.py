@@ -151,6 +151,9 @@ def call_of(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     elif isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
         space, _, rest = str(func).partition(".")
         name = rest.split(".")[0] if space == "aten" else str(func)
+    if not args and "input" in kwargs:
+        args = (kwargs["input"],)
+        kwargs = {key: value for key, value in kwargs.items() if key != "input"}
     in_place = name in _IN_PLACE
     if name.endswith("_") and not name.endswith("__"):
         name, in_place = name[:-1], True

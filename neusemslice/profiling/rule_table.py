@@ -47,7 +47,7 @@ TABLE = Table(
             """
         mul matmul rmatmul mm bmm mv dot inner outer ger addmm addbmm baddbmm addmv addr addcmul
         linear bilinear conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d
-        conv_transpose3d einsum
+        conv_transpose3d einsum lerp
         """,
         ),
         **_rules(rules.quadratic, "square var var_mean"),
@@ -62,7 +62,7 @@ TABLE = Table(
             rules.kinked,
             """
         leaky_relu prelu relu6 hardtanh clamp clamp_min clamp_max threshold abs softshrink
-        hardshrink floor ceil round trunc fix sign
+        hardshrink nan_to_num floor ceil round trunc fix sign
         """,
         ),
         **_rules(rules.maximum, "max min amax amin maximum minimum fmax fmin"),
@@ -95,7 +95,7 @@ TABLE = Table(
     followed=_names(
         """
         eq ne lt le gt ge isnan isinf isfinite isclose logical_and logical_or logical_not
-        logical_xor argmax argmin argsort nonzero any all long int short bool
+        logical_xor bucketize searchsorted argmax argmin argsort nonzero any all long int short bool
         """
     ),
     made=_names(

@@ -283,7 +283,7 @@ def _chosen(
 def max_pool(pool: Callable[..., Any], dims: int, *, indices: bool) -> Rule:
     def rule(mode: Paired, call: Call) -> Any:
         x = _one(mode, call)
-        args, kwargs = call.args[1:], {k: v for k, v in call.kwargs.items() if k != "input"}
+        args, kwargs = call.args[1:], call.kwargs
         with torch.no_grad():
             value, i = pool(x.detach(), *args, **kwargs, return_indices=True)
             other, j = pool(baseline_of(x), *args, **kwargs, return_indices=True)
