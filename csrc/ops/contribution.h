@@ -11,7 +11,8 @@
 //   Order, share, weight and mask are those of class_stats_. A product that is not finite (0 times
 //   infinity is none) is counted in `nonfinite` (once per class of its sample) and enters the sums
 //   as 0. The state is that of class_stats_, with or without `mean` and `mean_abs` and with nothing
-//   else, so class_stats_merge_ merges it.
+//   else, so class_stats_merge_ merges it. Its version rises with every call, even if no sample
+//   counts.
 //
 //   Strides and dtypes of x and g may differ: under autocast a gradient can be wider than what it
 //   belongs to, and a copy in another dtype would cost another pass. Products and sums are taken in

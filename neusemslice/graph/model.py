@@ -31,6 +31,10 @@ class Inputs:
         """The same with every tensor on ``device``."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def detach(self) -> Inputs:
+        """The same apart from any graph of autograd."""
+        return self._map(torch.Tensor.detach)
+
     @property
     def samples(self) -> int:
         """Size of the batch: that of the first tensor with a dimension."""

@@ -74,3 +74,6 @@ def contribution_(
 @register_fake("contribution_")
 def _contribution_fake(*arguments: object) -> None:
     check_one_device("contribution_", *arguments)
+    for changed in arguments[:5]:
+        if isinstance(changed, Tensor):
+            torch.autograd.graph.increment_version(changed)

@@ -1,14 +1,15 @@
 """Observation in somebody's own loop: hooks that turn activations into statistics.
 
 Labels come before the forward pass, so that a site's statistics are taken the moment its reader is
-called and nothing is kept. Only with the metric "taylor" do a batch's activations stay alive until
-its backward pass, which keeps them anyway.
+called and nothing is kept. Only with the metric "taylor" are a batch's activations kept for its
+backward pass, which keeps most of them anyway, and each only until its gradient is known.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,15 +29,16 @@ from neusemslice.graph import (
     trace,
     unwrapped,
 )
-from neusemslice.ops import ClassOrder, class_order, class_stats_, contribution_
+from neusemslice.ops import ClassOrder, ClassStats, class_order, class_stats_, contribution_
 from neusemslice.profiling.batching import as_labels, as_mask
 from neusemslice.profiling.deeplift import lift, name_of_baseline
+from neusemslice.profiling.gradients import Kept, first_modules, in_backward, start_gradients
 from neusemslice.profiling.profile import METRICS, Profile
 
 
 @dataclass
 class _Batch:
-    """The batch that is being observed: its labels, and what the gradients will need."""
+    """The batch that is being observed: its labels, and what was seen of it."""
 
     order: ClassOrder
     classes: Tensor
@@ -44,9 +46,9 @@ class _Batch:
     weights: Tensor | None
     mask: Tensor | None
     observed: bool = False
-    seen: dict[str, Tensor] = field(default_factory=dict)
-    gradients: dict[str, Tensor] = field(default_factory=dict)
     inputs: list[Inputs] = field(default_factory=list)
+    # Calls of readers without gradients; those that are checkpointed run once more with them.
+    without_gradients: Counter[str] = field(default_factory=Counter)
 
 
 class Profiler:
@@ -59,14 +61,16 @@ class Profiler:
         profile = profiler.profile
 
     With "taylor" among the metrics, the block must also run a backward pass of a loss that is
-    summed over the samples. With "deeplift", the model is run once more at the block's end, beside
-    its baseline (see ``nss.profiling.deeplift``). The model's mode and flags are yours: use
-    ``model.eval()`` unless you want statistics of training mode.
+    summed over the samples. Parameters may be frozen: it then finds no gradients but those of
+    activations. What ``torch.utils.checkpoint`` runs again on the way is not counted again. With
+    "deeplift", the model is run once more at the block's end, beside its baseline (see
+    ``nss.profiling.deeplift``). The model's mode and flags are yours: use ``model.eval()`` unless
+    you want statistics of training mode.
 
     Hooks are there between entering and leaving the profiler; ``batch`` alone installs them for
     its own block. The compiler is reset whenever hooks come or go, because compiled code would
-    ignore them. Statistics are operators within the compiled graph (``fullgraph=True`` works);
-    "taylor" breaks it at each site.
+    ignore them. Statistics and contributions are operators within the compiled graphs
+    (``fullgraph=True`` works).
 
     Nothing in a batch waits for the device. Leaving does, once, for what could not be said before:
     it warns of sites with NaN or infinite values (``RuntimeWarning``; they were counted in
@@ -131,6 +135,7 @@ class Profiler:
         self._observed: dict[str, list[Site]] = {}
         for site in graph.sites:
             self._observed.setdefault(site.readers[0].module, []).append(site)
+        self._anchor = torch.zeros((), device=device_of(model), requires_grad=True)
         self._batch: _Batch | None = None
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -194,6 +199,9 @@ class Profiler:
                 self._hook(name), with_kwargs=True, prepend=is_sharded(module)
             )
             self._handles.append(handle)
+        if self._gradients:
+            for module in first_modules(self._model, self.graph):
+                self._handles.append(module.register_forward_hook(self._start))
         if self._lifts:
             self._handles.append(
                 self._model.register_forward_pre_hook(self._note_inputs, with_kwargs=True)
@@ -234,6 +242,7 @@ class Profiler:
         if not installed:
             self._install()
         self._batch = batch
+        versions = self._versions()
         try:
             yield
             if not batch.observed:
@@ -241,16 +250,12 @@ class Profiler:
                     "profile: no site was seen within the batch's block; run the model in it"
                 )
             if self._gradients:
-                self._contribute(batch)
+                self._check_gradients(batch, versions)
             if self._lifts:
                 self._batch = None  # the hooks have seen the batch
                 self._lift(batch)
         finally:
             self._batch = None
-            # An activation holds its hook, which holds the batch: a cycle through autograd, which
-            # the garbage collector does not see.
-            batch.seen.clear()
-            batch.gradients.clear()
             batch.inputs.clear()
             if not installed:
                 self._remove()
@@ -309,51 +314,87 @@ class Profiler:
                 return
             batch.observed = True
             x = args[0] if args else kwargs["input"]
-            for site in self._observed[name]:
-                view = _view(site, x.detach(), batch)
-                class_stats_(
-                    self.profile.activations[site.name],
-                    view.x,
-                    batch.order,
-                    weight=batch.weights,
-                    mask=view.mask,
-                    neuron_dim=site.readers[0].neuron_dim,
-                )
-            if self._gradients:
-                if not x.requires_grad:
-                    raise ValueError(
-                        f"profile: the metric 'taylor' needs gradients, but what {name} reads "
-                        "requires none; let its parameters or the input require them"
+            # A checkpointed part runs again during the backward pass.
+            if not in_backward():
+                for site in self._observed[name]:
+                    view = _view(site, x.detach(), batch)
+                    class_stats_(
+                        self.profile.activations[site.name],
+                        view.x,
+                        batch.order,
+                        weight=batch.weights,
+                        mask=view.mask,
+                        neuron_dim=site.readers[0].neuron_dim,
                     )
-                batch.seen[name] = x
-                x.register_hook(lambda gradient: batch.gradients.update({name: gradient}))
+            if self._gradients:
+                self._await_gradient(name, x, batch)
 
         return hook
 
-    def seen(self) -> list[Tensor]:
-        """What the sites of the current batch read, for ``torch.autograd.grad``."""
-        return [] if self._batch is None else list(self._batch.seen.values())
+    def _start(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Has gradients flow from here on, where nothing before requires them."""
+        if self._batch is None or not torch.is_grad_enabled():
+            return None
+        return start_gradients(output, self._anchor)
 
-    @torch.no_grad()
-    def _contribute(self, batch: _Batch) -> None:
-        """Adds ``a · g`` of the batch whose backward pass has run.
+    def _await_gradient(self, name: str, x: Tensor, batch: _Batch) -> None:
+        """Has the backward pass add ``a · g`` the moment that the gradient of ``x`` is known.
 
         A site that the loss does not depend on has no gradient, and contributes nothing.
         """
-        if batch.seen and not batch.gradients:
-            raise ValueError(
-                "profile: the metric 'taylor' needs a backward pass within the batch's block"
+        if not x.requires_grad:
+            batch.without_gradients[name] += 1
+            return
+        # A checkpoint that keeps its graph must save again what it saved before.
+        kept = Kept(x.detach(), self._anchor)
+        if in_backward():
+            if not batch.without_gradients[name]:
+                return
+            batch.without_gradients[name] -= 1
+
+        def contribute(gradient: Tensor) -> None:
+            if self._batch is batch:
+                states = self.profile.contributions
+                self._contribute(states, name, kept.take(), gradient.detach(), batch)
+
+        x.register_hook(contribute)
+
+    def _contribute(
+        self, states: dict[str, ClassStats], name: str, x: Tensor, g: Tensor, batch: _Batch
+    ) -> None:
+        """Adds ``x · g`` of what a reader reads."""
+        for site in self._observed[name]:
+            view = _view(site, x, batch)
+            contribution_(
+                states[site.name],
+                view.x,
+                _view(site, g, batch).x,
+                batch.order,
+                weight=batch.weights,
+                mask=view.mask,
+                neuron_dim=site.readers[0].neuron_dim,
             )
-        for name, gradient in batch.gradients.items():
-            product = batch.seen[name].detach() * gradient
-            for site in self._observed[name]:
-                view = _view(site, product, batch)
-                class_stats_(
-                    self.profile.contributions[site.name],
-                    view.pooled(site.readers[0].neuron_dim),
-                    batch.order,
-                    weight=batch.weights,
-                )
+
+    def _versions(self) -> int:
+        """Rises with every contribution, in compiled code too."""
+        return sum(stats.count._version for stats in self.profile.contributions.values())
+
+    def _check_gradients(self, batch: _Batch, versions: int) -> None:
+        """Refuses a batch whose contributions could not be found.
+
+        Args:
+            versions: what they were when it began.
+        """
+        if without := sorted(name for name, calls in batch.without_gradients.items() if calls):
+            raise ValueError(
+                f"profile: the metric 'taylor' needs gradients, but {', '.join(without)} ran "
+                "without (torch.no_grad)"
+            )
+        if self._versions() == versions:
+            raise ValueError(
+                "profile: the metric 'taylor' needs a backward pass within the batch's block, of "
+                "a loss that depends on what the sites see"
+            )
 
     def _lift(self, batch: _Batch) -> None:
         """Adds the DeepLIFT contributions of the batch."""
@@ -365,17 +406,7 @@ class Profiler:
         for inputs in batch.inputs:
             lifted = lift(self._model, inputs, batch.classes, self._baseline, [*self._observed])
             for name, (delta, multiplier) in lifted.modules.items():
-                for site in self._observed[name]:
-                    view = _view(site, delta, batch)
-                    contribution_(
-                        self.profile.lifts[site.name],
-                        view.x,
-                        _view(site, multiplier, batch).x,
-                        batch.order,
-                        weight=batch.weights,
-                        mask=view.mask,
-                        neuron_dim=site.readers[0].neuron_dim,
-                    )
+                self._contribute(self.profile.lifts, name, delta, multiplier, batch)
 
 
 @dataclass
@@ -384,18 +415,6 @@ class _View:
 
     x: Tensor
     mask: Tensor | None
-
-    def pooled(self, neuron_dim: int) -> Tensor:
-        """Mean over the positions that the mask keeps, ``[N, C]``."""
-        x = self.x.movedim(neuron_dim, -1)
-        if x.ndim == 2:
-            return x
-        x = x.flatten(1, -2)
-        if self.mask is None:
-            return x.mean(1)
-        kept = self.mask.flatten(1)
-        total = x.masked_fill(~kept.unsqueeze(2), 0).sum(1)
-        return total / kept.sum(1, keepdim=True).clamp_min(1)
 
 
 def _view(site: Site, x: Tensor, batch: _Batch) -> _View:

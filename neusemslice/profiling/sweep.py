@@ -101,7 +101,8 @@ def profile(
     profiler: Profiler | None = None
     with (
         ExitStack() as stack,
-        evaluation(model, requires_grad=gradients or None),
+        # Parameters without the flag get no gradients and hold no activations for them.
+        evaluation(model, requires_grad=False if gradients else None),
         torch.set_grad_enabled(gradients),
     ):
         last_saved = time.monotonic()
@@ -136,10 +137,12 @@ def profile(
             if number < profiler.batches:
                 continue
             with profiler.batch(y, inputs.kwargs.get("attention_mask")):
-                output = inputs.to(device).run(model)
-                if gradients and (activations := profiler.seen()):
+                output = inputs.to(device).detach().run(model)
+                if gradients:
                     total = loss(output, y.to(device, non_blocking=True)).sum()
-                    torch.autograd.grad(total, activations, allow_unused=True)
+                    # Unlike autograd.grad, this also goes through reentrant checkpoints.
+                    if total.requires_grad:
+                        total.backward()
             if number < seen:
                 profiler.profile.load_state_dict(saved)
                 continue

@@ -40,6 +40,7 @@ void contribution_cpu(const at::Tensor& count, const at::Tensor& positions,
   const ContributionBatch batch = checked_contribution(state, count.device(), x, g, order, offsets,
                                                        share, weight, mask, neuron_dim);
   const ClassSamples samples = gather_samples(op, state, batch.classes, order, offsets);
+  bump_state(count, positions, nonfinite, mean, {}, mean_abs, {}, {});
   if (samples.list.empty()) return;
 
   const cpu::ContributionJob job{class_job(state, batch.classes, samples), strided(batch.g)};
@@ -63,7 +64,6 @@ void contribution_cpu(const at::Tensor& count, const at::Tensor& positions,
     state.count[k] += samples.weight[k];
     state.positions[k] += samples.weight[k];
   }
-  bump_state(count, positions, nonfinite, mean, {}, mean_abs, {}, {});
 }
 
 }  // namespace

@@ -45,6 +45,7 @@ void contribution_cuda(const at::Tensor& count, const at::Tensor& positions,
   const c10::cuda::CUDAGuard guard(count.device());
   const ContributionBatch batch = checked_contribution(state, count.device(), x, g, order, offsets,
                                                        share, weight, mask, neuron_dim);
+  bump_state(count, positions, nonfinite, mean, {}, mean_abs, {}, {});
   if (batch.classes.samples == 0 || state.num_classes == 0) return;
 
   const cuda::DeviceSamples samples = cuda::device_samples(batch.classes, order, offsets);
@@ -57,7 +58,6 @@ void contribution_cuda(const at::Tensor& count, const at::Tensor& positions,
       });
   cuda::launch("raise_sample_counts_kernel", &cuda::raise_sample_counts_kernel,
                {cuda::blocks_for(state.num_classes, kThreads)}, kThreads, state, samples);
-  bump_state(count, positions, nonfinite, mean, {}, mean_abs, {}, {});
 }
 
 }  // namespace
