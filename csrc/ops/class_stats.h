@@ -19,13 +19,18 @@
 //   skipped; otherwise it enters with the product of the two. A value that is not finite is counted
 //   in `nonfinite` (once per class of its sample) and enters the sums as 0 and the maximum not at
 //   all. Sums are taken in a fixed order, so the result has the same bits each time, at any number
-//   of threads and on any CPU. They are in float64, except that the CPU kernel adds float32,
-//   float16 and bfloat16 in float32 first: up to eight rows as deviations from a shift (the class's
-//   mean so far, or its first row), up to sixteen values of a plane as they are. With u = 2^-24,
-//   that changes a sum of rows by at most 8u times the sum of its absolute terms, a sum of squares
-//   by 10u times itself, and a plane's mean by 16u times its mean absolute value; by one or two u
-//   as a rule. A shift far from the mean is the worst case for `m2`: a new class whose first row
-//   lies z standard deviations from its mean has (1 + z^2) times as much to add.
+//   of threads and on any CPU; on CUDA, where the order is another, each time. They are in float64,
+//   except that float32, float16 and bfloat16 are added in float32 first: up to eight rows as
+//   deviations from a shift (the class's mean so far, or its first row; where CUDA pools a sample,
+//   the sample's), up to sixteen values of a plane as they are. With u = 2^-24, that changes a sum
+//   of rows by at most 8u times the sum of its absolute terms, a sum of squares by 10u times
+//   itself, and a plane's mean by 16u times its mean absolute value; by one or two u as a rule. A
+//   shift far from the mean is the worst case for `m2`: a new class whose first row lies z standard
+//   deviations from its mean has (1 + z^2) times as much to add.
+//   The CPU refuses weights and shares that are negative or not finite, and an order that
+//   class_order could not have made. On CUDA, where the host cannot look without waiting, such a
+//   weight skips its sample, and such an order touches nothing outside of the tensors but leaves
+//   statistics that mean nothing.
 //
 // class_stats_merge_: adds the state `other` to a state; the empty state is neutral.
 //
@@ -43,6 +48,7 @@
 #include <tuple>
 
 #include "common/class_state.h"
+#include "common/elements.h"
 
 namespace neusemslice::ops {
 
@@ -100,6 +106,9 @@ ClassBatch checked_batch(const char* op, const ClassState& state, at::Device dev
                          const at::Tensor& x, const at::Tensor& order, const at::Tensor& offsets,
                          const OptionalTensor& share, const OptionalTensor& weight,
                          const OptionalTensor& mask, int64_t neuron_dim);
+
+// The type of the elements of a checked x.
+Element element_of(const at::Tensor& x);
 
 // Refuses a merge of states that differ in size or in the statistics that they hold.
 void check_mergeable(const ClassState& state, const ClassState& other);
