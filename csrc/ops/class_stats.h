@@ -32,6 +32,12 @@
 //   weight skips its sample, and such an order touches nothing outside of the tensors but leaves
 //   statistics that mean nothing.
 //
+// class_stats_many_: class_stats_ at several sites of one batch, with the bits of as many calls.
+//   The lists have an entry for each site, in the same order; those of a statistic that is absent
+//   at all sites are empty. The sites hold the same statistics and no tensor in common; a message
+//   names the site by its place in the lists. On CUDA it is one set of launches for many small
+//   layers.
+//
 // class_stats_merge_: adds the state `other` to a state; the empty state is neutral.
 //
 // State of K classes and C neurons, all contiguous:
@@ -42,10 +48,13 @@
 //   max               float32 [K, C]  -inf where the class is empty
 // An absent (null) statistic is neither computed nor stored.
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "common/class_state.h"
 #include "common/elements.h"
@@ -62,6 +71,15 @@ void class_stats_(const at::Tensor& count, const at::Tensor& positions, const at
                   const OptionalTensor& active, const at::Tensor& x, const at::Tensor& order,
                   const at::Tensor& offsets, const OptionalTensor& share,
                   const OptionalTensor& weight, const OptionalTensor& mask, int64_t neuron_dim);
+
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+void class_stats_many_(at::TensorList counts, at::TensorList positions, at::TensorList nonfinites,
+                       at::TensorList means, at::TensorList m2s, at::TensorList mean_abs,
+                       at::TensorList maxs, at::TensorList actives, at::TensorList xs,
+                       const at::Tensor& order, const at::Tensor& offsets,
+                       const OptionalTensor& share, const OptionalTensor& weight,
+                       const OptionalTensors& masks, at::IntArrayRef neuron_dims);
 
 void class_stats_merge_(const at::Tensor& count, const at::Tensor& positions,
                         const at::Tensor& nonfinite, const OptionalTensor& mean,
@@ -106,6 +124,23 @@ ClassBatch checked_batch(const char* op, const ClassState& state, at::Device dev
                          const at::Tensor& x, const at::Tensor& order, const at::Tensor& offsets,
                          const OptionalTensor& share, const OptionalTensor& weight,
                          const OptionalTensor& mask, int64_t neuron_dim);
+
+// One site of class_stats_many_.
+struct ClassSite {
+  ClassState state;
+  ClassBatch batch;
+};
+
+// How messages name site i.
+std::string site_name(size_t i);
+
+std::vector<ClassSite> checked_sites(at::TensorList counts, at::TensorList positions,
+                                     at::TensorList nonfinites, at::TensorList means,
+                                     at::TensorList m2s, at::TensorList mean_abs,
+                                     at::TensorList maxs, at::TensorList actives, at::TensorList xs,
+                                     const at::Tensor& order, const at::Tensor& offsets,
+                                     const OptionalTensor& share, const OptionalTensor& weight,
+                                     const OptionalTensors& masks, at::IntArrayRef neuron_dims);
 
 // The type of the elements of a checked x.
 Element element_of(const at::Tensor& x);

@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <vector>
 
 #include "common/class_state.h"
 #include "ops/checks.h"
@@ -114,6 +115,33 @@ void class_stats_cuda(const at::Tensor& count, const at::Tensor& positions,
   bump_state(count, positions, nonfinite, mean, m2, mean_abs, max, active);
 }
 
+void class_stats_many_cuda(at::TensorList counts, at::TensorList positions,
+                           at::TensorList nonfinites, at::TensorList means, at::TensorList m2s,
+                           at::TensorList mean_abs, at::TensorList maxs, at::TensorList actives,
+                           at::TensorList xs, const at::Tensor& order, const at::Tensor& offsets,
+                           const OptionalTensor& share, const OptionalTensor& weight,
+                           const OptionalTensors& masks, at::IntArrayRef neuron_dims) {
+  // Copies that a site's x may need are made on its device.
+  const c10::cuda::CUDAGuard guard(order.device());
+  const std::vector<ClassSite> sites =
+      checked_sites(counts, positions, nonfinites, means, m2s, mean_abs, maxs, actives, xs, order,
+                    offsets, share, weight, masks, neuron_dims);
+  if (sites.empty()) return;
+  if (order.size(0) > 0 && offsets.size(0) > 1) {
+    std::vector<cuda::SiteInput> inputs;
+    for (const ClassSite& site : sites) inputs.push_back(site_input(site.state, site.batch));
+    const cuda::BatchInput batch = batch_input(sites[0].batch, order, offsets);
+    for (size_t first = 0; first < inputs.size(); first += cuda::kMaxSites) {
+      const size_t count = std::min<size_t>(cuda::kMaxSites, inputs.size() - first);
+      accumulate(batch, inputs.data() + first, static_cast<int>(count), counts[0].options());
+    }
+  }
+  for (const at::TensorList list :
+       {counts, positions, nonfinites, means, m2s, mean_abs, maxs, actives}) {
+    for (const at::Tensor& t : list) bump_version(t);
+  }
+}
+
 void class_stats_merge_cuda(const at::Tensor& count, const at::Tensor& positions,
                             const at::Tensor& nonfinite, const OptionalTensor& mean,
                             const OptionalTensor& m2, const OptionalTensor& mean_abs,
@@ -141,5 +169,6 @@ void class_stats_merge_cuda(const at::Tensor& count, const at::Tensor& positions
 TORCH_LIBRARY_IMPL(neusemslice, CUDA, m) {
   m.impl("class_order", &neusemslice::ops::class_order_cuda);
   m.impl("class_stats_", &neusemslice::ops::class_stats_cuda);
+  m.impl("class_stats_many_", &neusemslice::ops::class_stats_many_cuda);
   m.impl("class_stats_merge_", &neusemslice::ops::class_stats_merge_cuda);
 }
