@@ -21,6 +21,26 @@ struct ClassState {
   int64_t neurons;
 };
 
+enum Statistic : unsigned { kMean = 1, kM2 = 2, kMeanAbs = 4, kMax = 8, kActive = 16 };
+
+// The selections of statistics that have code of their own, narrowest first; any other takes the
+// first that holds it. The mean is in all of them: its sum shows whether a value was not finite.
+constexpr unsigned kSelections[] = {kMean, kMean | kM2, kMean | kMeanAbs,
+                                    kMean | kMeanAbs | kMax | kActive,
+                                    kMean | kM2 | kMeanAbs | kMax | kActive};
+
+constexpr int selection_for(unsigned mask) {
+  int i = 0;
+  while (mask & ~kSelections[i]) ++i;
+  return i;
+}
+
+inline unsigned selected_statistics(const ClassState& s) {
+  const auto bit = [](const void* plane, unsigned statistic) { return plane ? statistic : 0u; };
+  return bit(s.mean, kMean) | bit(s.m2, kM2) | bit(s.mean_abs, kMeanAbs) | bit(s.max, kMax) |
+         bit(s.active, kActive);
+}
+
 // What one class's samples say of one neuron.
 struct ClassCell {
   Moments moments;       // of the pooled activations

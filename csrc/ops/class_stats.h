@@ -19,13 +19,24 @@
 //   skipped; otherwise it enters with the product of the two. A value that is not finite is counted
 //   in `nonfinite` (once per class of its sample) and enters the sums as 0 and the maximum not at
 //   all. Sums are taken in a fixed order, so the result has the same bits each time, at any number
-//   of threads and on any CPU. They are in float64, except that the CPU kernel adds float32,
-//   float16 and bfloat16 in float32 first: up to eight rows as deviations from a shift (the class's
-//   mean so far, or its first row), up to sixteen values of a plane as they are. With u = 2^-24,
-//   that changes a sum of rows by at most 8u times the sum of its absolute terms, a sum of squares
-//   by 10u times itself, and a plane's mean by 16u times its mean absolute value; by one or two u
-//   as a rule. A shift far from the mean is the worst case for `m2`: a new class whose first row
-//   lies z standard deviations from its mean has (1 + z^2) times as much to add.
+//   of threads and on any CPU; on CUDA, where the order is another, each time. They are in float64,
+//   except that float32, float16 and bfloat16 are added in float32 first: up to eight rows as
+//   deviations from a shift (the class's mean so far, or its first row; where CUDA pools a sample,
+//   the sample's), up to sixteen values of a plane as they are. With u = 2^-24, that changes a sum
+//   of rows by at most 8u times the sum of its absolute terms, a sum of squares by 10u times
+//   itself, and a plane's mean by 16u times its mean absolute value; by one or two u as a rule. A
+//   shift far from the mean is the worst case for `m2`: a new class whose first row lies z standard
+//   deviations from its mean has (1 + z^2) times as much to add.
+//   The CPU refuses weights and shares that are negative or not finite, and an order that
+//   class_order could not have made. On CUDA, where the host cannot look without waiting, such a
+//   weight skips its sample, and such an order touches nothing outside of the tensors but leaves
+//   statistics that mean nothing.
+//
+// class_stats_many_: class_stats_ at several sites of one batch, with the bits of as many calls.
+//   The lists have an entry for each site, in the same order; those of a statistic that is absent
+//   at all sites are empty. The sites hold the same statistics and no tensor in common; a message
+//   names the site by its place in the lists. On CUDA it is one set of launches for many small
+//   layers.
 //
 // class_stats_merge_: adds the state `other` to a state; the empty state is neutral.
 //
@@ -37,12 +48,16 @@
 //   max               float32 [K, C]  -inf where the class is empty
 // An absent (null) statistic is neither computed nor stored.
 
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #include "common/class_state.h"
+#include "common/elements.h"
 
 namespace neusemslice::ops {
 
@@ -56,6 +71,15 @@ void class_stats_(const at::Tensor& count, const at::Tensor& positions, const at
                   const OptionalTensor& active, const at::Tensor& x, const at::Tensor& order,
                   const at::Tensor& offsets, const OptionalTensor& share,
                   const OptionalTensor& weight, const OptionalTensor& mask, int64_t neuron_dim);
+
+using OptionalTensors = c10::List<std::optional<at::Tensor>>;
+
+void class_stats_many_(at::TensorList counts, at::TensorList positions, at::TensorList nonfinites,
+                       at::TensorList means, at::TensorList m2s, at::TensorList mean_abs,
+                       at::TensorList maxs, at::TensorList actives, at::TensorList xs,
+                       const at::Tensor& order, const at::Tensor& offsets,
+                       const OptionalTensor& share, const OptionalTensor& weight,
+                       const OptionalTensors& masks, at::IntArrayRef neuron_dims);
 
 void class_stats_merge_(const at::Tensor& count, const at::Tensor& positions,
                         const at::Tensor& nonfinite, const OptionalTensor& mean,
@@ -100,6 +124,26 @@ ClassBatch checked_batch(const char* op, const ClassState& state, at::Device dev
                          const at::Tensor& x, const at::Tensor& order, const at::Tensor& offsets,
                          const OptionalTensor& share, const OptionalTensor& weight,
                          const OptionalTensor& mask, int64_t neuron_dim);
+
+// One site of class_stats_many_.
+struct ClassSite {
+  ClassState state;
+  ClassBatch batch;
+};
+
+// How messages name site i.
+std::string site_name(size_t i);
+
+std::vector<ClassSite> checked_sites(at::TensorList counts, at::TensorList positions,
+                                     at::TensorList nonfinites, at::TensorList means,
+                                     at::TensorList m2s, at::TensorList mean_abs,
+                                     at::TensorList maxs, at::TensorList actives, at::TensorList xs,
+                                     const at::Tensor& order, const at::Tensor& offsets,
+                                     const OptionalTensor& share, const OptionalTensor& weight,
+                                     const OptionalTensors& masks, at::IntArrayRef neuron_dims);
+
+// The type of the elements of a checked x.
+Element element_of(const at::Tensor& x);
 
 // Refuses a merge of states that differ in size or in the statistics that they hold.
 void check_mergeable(const ClassState& state, const ClassState& other);

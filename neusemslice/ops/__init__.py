@@ -16,6 +16,7 @@ from neusemslice.ops.class_stats import (  # noqa: E402
     ClassStats,
     class_order,
     class_stats_,
+    class_stats_many_,
     class_stats_merge_,
 )
 from neusemslice.ops.contribution import CONTRIBUTION_STATISTICS, contribution_  # noqa: E402
@@ -47,6 +48,7 @@ __all__ = [
     "bitset_unpack",
     "class_order",
     "class_stats_",
+    "class_stats_many_",
     "class_stats_merge_",
     "contribution_",
     "masked_adamw_",

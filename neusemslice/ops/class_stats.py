@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -212,6 +212,54 @@ def class_stats_(
     )
 
 
+def class_stats_many_(
+    states: Sequence[ClassStats],
+    xs: Sequence[Tensor],
+    order: ClassOrder,
+    *,
+    weight: Tensor | None = None,
+    masks: Sequence[Tensor | None] | None = None,
+    neuron_dims: Sequence[int] | None = None,
+) -> None:
+    """Adds a batch to the states of several sites, in place: ``class_stats_`` for each of them.
+
+    The bits are those of separate calls. On a GPU many small layers share their launches.
+
+    Args:
+        states: one for each site, of ``K`` classes, all with the same statistics.
+        xs: one for each site; the same samples in all of them.
+        order: what ``class_order`` gave for the batch's labels.
+        weight: as for ``class_stats_``.
+        masks: one for each site, None where it has none; by default no site has one.
+        neuron_dims: one for each site; by default 1 for all.
+
+    Raises:
+        TypeError, ValueError: as ``class_stats_``, naming the site by its place; also if the lists
+            differ in length, or states in their statistics. Nothing has changed then.
+    """
+    held = [tuple(state.tensors()) for state in states]
+    for i, names in enumerate(held):
+        if names != held[0]:
+            raise ValueError(
+                f"class_stats_many_: site {i}: the state must hold {list(held[0])} as that of "
+                f"site 0, got {list(names)}"
+            )
+    planes = [
+        [plane for state in states if (plane := getattr(state, name)) is not None]
+        for name in ("count", "positions", "nonfinite", *STATISTICS)
+    ]
+    torch.ops.neusemslice.class_stats_many_(
+        *planes,
+        list(xs),
+        order.order,
+        order.offsets,
+        order.share,
+        weight,
+        [None] * len(xs) if masks is None else list(masks),
+        [1] * len(xs) if neuron_dims is None else list(neuron_dims),
+    )
+
+
 def class_stats_merge_(state: ClassStats, other: ClassStats) -> None:
     """Adds ``other`` to ``state``, in place.
 
@@ -248,6 +296,11 @@ def _class_order_fake(labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]
 @register_fake("class_stats_")
 def _class_stats_fake(*arguments: object) -> None:
     check_one_device("class_stats_", *arguments)
+
+
+@register_fake("class_stats_many_")
+def _class_stats_many_fake(*arguments: object) -> None:
+    check_one_device("class_stats_many_", *arguments)
 
 
 @register_fake("class_stats_merge_")

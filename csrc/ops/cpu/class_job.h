@@ -6,10 +6,9 @@
 #include <cstdint>
 
 #include "common/class_state.h"
+#include "common/elements.h"
 
 namespace neusemslice::cpu {
-
-enum class Element { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
 // Sample n's value of neuron c at position p lies at element
 // n * stride_n + p * stride_p + c * stride_c.

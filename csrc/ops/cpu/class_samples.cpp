@@ -69,19 +69,7 @@ ClassSamples gather_samples(const char* op, const ClassState& state, const Class
 }
 
 cpu::Strided strided(const ClassOperand& operand) {
-  const auto element = [&] {
-    switch (operand.x.scalar_type()) {
-      case at::kDouble:
-        return cpu::Element::kFloat64;
-      case at::kFloat:
-        return cpu::Element::kFloat32;
-      case at::kHalf:
-        return cpu::Element::kFloat16;
-      default:
-        return cpu::Element::kBFloat16;
-    }
-  };
-  return {operand.x.const_data_ptr(), element(), operand.stride_n, operand.stride_p,
+  return {operand.x.const_data_ptr(), element_of(operand.x), operand.stride_n, operand.stride_p,
           operand.stride_c};
 }
 

@@ -58,6 +58,22 @@ cpu::AccumulateClasses* accumulate_classes() {
   return &cpu::accumulate_classes_portable;
 }
 
+// False if no sample counts, and so nothing changes.
+bool accumulate(const ClassState& state, const ClassBatch& batch, const ClassSamples& samples) {
+  if (samples.list.empty()) return false;
+  const cpu::ClassJob job = class_job(state, batch, samples);
+  cpu::AccumulateClasses* const accumulate = accumulate_classes();
+  const int64_t steps = (state.neurons + cpu::kStep - 1) / cpu::kStep;
+  at::parallel_for(0, steps, 1, [&](int64_t begin, int64_t end) {
+    accumulate(job, begin * cpu::kStep, std::min(end * cpu::kStep, state.neurons));
+  });
+  for (int64_t k = 0; k < state.num_classes; ++k) {
+    state.count[k] += samples.weight[k];
+    state.positions[k] += samples.positions[k];
+  }
+  return true;
+}
+
 void class_stats_cpu(const at::Tensor& count, const at::Tensor& positions,
                      const at::Tensor& nonfinite, const OptionalTensor& mean,
                      const OptionalTensor& m2, const OptionalTensor& mean_abs,
@@ -71,19 +87,31 @@ void class_stats_cpu(const at::Tensor& count, const at::Tensor& positions,
   const ClassBatch batch =
       checked_batch(op, state, count.device(), x, order, offsets, share, weight, mask, neuron_dim);
   const ClassSamples samples = gather_samples(op, state, batch, order, offsets);
-  if (samples.list.empty()) return;
-
-  const cpu::ClassJob job = class_job(state, batch, samples);
-  cpu::AccumulateClasses* const accumulate = accumulate_classes();
-  const int64_t steps = (state.neurons + cpu::kStep - 1) / cpu::kStep;
-  at::parallel_for(0, steps, 1, [&](int64_t begin, int64_t end) {
-    accumulate(job, begin * cpu::kStep, std::min(end * cpu::kStep, state.neurons));
-  });
-  for (int64_t k = 0; k < state.num_classes; ++k) {
-    state.count[k] += samples.weight[k];
-    state.positions[k] += samples.positions[k];
-  }
+  if (!accumulate(state, batch, samples)) return;
   bump_state(count, positions, nonfinite, mean, m2, mean_abs, max, active);
+}
+
+void class_stats_many_cpu(at::TensorList counts, at::TensorList positions,
+                          at::TensorList nonfinites, at::TensorList means, at::TensorList m2s,
+                          at::TensorList mean_abs, at::TensorList maxs, at::TensorList actives,
+                          at::TensorList xs, const at::Tensor& order, const at::Tensor& offsets,
+                          const OptionalTensor& share, const OptionalTensor& weight,
+                          const OptionalTensors& masks, at::IntArrayRef neuron_dims) {
+  const std::vector<ClassSite> sites =
+      checked_sites(counts, positions, nonfinites, means, m2s, mean_abs, maxs, actives, xs, order,
+                    offsets, share, weight, masks, neuron_dims);
+  // All of them are looked at before one changes.
+  std::vector<ClassSamples> samples;
+  samples.reserve(sites.size());
+  for (size_t i = 0; i < sites.size(); ++i) {
+    samples.push_back(
+        gather_samples(site_name(i).c_str(), sites[i].state, sites[i].batch, order, offsets));
+  }
+  for (size_t i = 0; i < sites.size(); ++i) accumulate(sites[i].state, sites[i].batch, samples[i]);
+  for (const at::TensorList list :
+       {counts, positions, nonfinites, means, m2s, mean_abs, maxs, actives}) {
+    for (const at::Tensor& t : list) bump_version(t);
+  }
 }
 
 void class_stats_merge_cpu(const at::Tensor& count, const at::Tensor& positions,
@@ -117,5 +145,6 @@ void class_stats_merge_cpu(const at::Tensor& count, const at::Tensor& positions,
 TORCH_LIBRARY_IMPL(neusemslice, CPU, m) {
   m.impl("class_order", &neusemslice::ops::class_order_cpu);
   m.impl("class_stats_", &neusemslice::ops::class_stats_cpu);
+  m.impl("class_stats_many_", &neusemslice::ops::class_stats_many_cpu);
   m.impl("class_stats_merge_", &neusemslice::ops::class_stats_merge_cpu);
 }

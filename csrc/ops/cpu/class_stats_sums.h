@@ -7,8 +7,6 @@
 // from a value near their mean, so that nothing cancels in their squares. Sixteen rows would take a
 // tenth less time in cache, but lose half a digit and overflow sooner.
 
-enum Statistic : unsigned { kMean = 1, kM2 = 2, kMeanAbs = 4, kMax = 8, kActive = 16 };
-
 constexpr int kGroup = 8;        // rows that are added in registers
 constexpr int kPlaneGroup = 16;  // rows of a plane that are
 constexpr int kPlanesAhead = 3;  // planes between prefetch and use
@@ -146,18 +144,6 @@ struct RowAdder {
   }
 };
 
-// The selections of statistics that have code of their own, narrowest first; any other takes the
-// first that holds it. The mean is in all of them: its sum shows whether a value was not finite.
-constexpr unsigned kSelections[] = {kMean, kMean | kM2, kMean | kMeanAbs,
-                                    kMean | kMeanAbs | kMax | kActive,
-                                    kMean | kM2 | kMeanAbs | kMax | kActive};
-
-constexpr int selection_for(unsigned mask) {
-  int i = 0;
-  while (mask & ~kSelections[i]) ++i;
-  return i;
-}
-
 template <typename T>
 RowAdder<T> row_adder(unsigned mask) {
   static constexpr auto adder = []<unsigned M>(std::integral_constant<unsigned, M>) {
@@ -168,12 +154,6 @@ RowAdder<T> row_adder(unsigned mask) {
     return std::array{adder(std::integral_constant<unsigned, kSelections[I]>{})...};
   }(std::make_integer_sequence<int, std::size(kSelections)>{});
   return adders[selection_for(mask)];
-}
-
-inline unsigned selected_statistics(const ClassState& s) {
-  const auto bit = [](const void* plane, unsigned statistic) { return plane ? statistic : 0u; };
-  return bit(s.mean, kMean) | bit(s.m2, kM2) | bit(s.mean_abs, kMeanAbs) | bit(s.max, kMax) |
-         bit(s.active, kActive);
 }
 
 // Sums over the positions of one neuron, which lie side by side.

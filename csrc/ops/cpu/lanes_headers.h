@@ -12,5 +12,5 @@
 #include <utility>
 #include <vector>
 
+#include "common/elements.h"
 #include "ops/cpu/class_job.h"
-#include "ops/cpu/elements.h"

@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "ops/cpu/elements.h"
+#include "common/elements.h"
 #include "ops/cpu/similarity_job.h"
 
 // Only what follows may use the wider registers: an inline function of the headers above that was

@@ -5,7 +5,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "ops/cpu/elements.h"
+#include "common/elements.h"
 #include "ops/cpu/similarity_job.h"
 
 #define NSS_LANE_BYTES 16

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "common/class_state.h"
+#include "ops/cuda/device.cuh"
 
 namespace neusemslice::cuda {
 

@@ -1,12 +1,14 @@
-// CUDA kernels of class_order, class_stats_ and class_stats_merge_ (contract: ops/class_stats.h).
+// CUDA host side of class_order, class_stats_ and class_stats_merge_ (contract: ops/class_stats.h).
 //
-// A thread owns one neuron of one class and walks through that class's samples in their order, so
-// nothing is atomic and the bits do not depend on the schedule. The class's count is raised by a
-// second, tiny kernel, because every thread of the first still reads the old one.
+// The kernels are in class_stats_*.cuh: chunks of at most 256 sorted rows of one class times tiles
+// of neurons; a class of one chunk goes straight into the state, others through partial sums that
+// a second kernel adds in their order. The chunks are found on the device, and nothing is read
+// back: a weight that is negative or not finite, which the CPU refuses, makes its sample one to
+// skip here.
 
-#include <ATen/Dispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/arange.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/searchsorted.h>
 #include <ATen/ops/sort.h>
 #include <ATen/ops/where.h>
@@ -14,103 +16,71 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cmath>
+#include <cstddef>
+#include <vector>
 
 #include "common/class_state.h"
 #include "ops/checks.h"
 #include "ops/class_stats.h"
-#include "ops/cuda/class_batch_host.cuh"
-#include "ops/cuda/launch.cuh"
+#include "ops/cuda/class_stats_device.cuh"
+#include "ops/cuda/class_stats_merge.cuh"
 
 namespace neusemslice::ops {
 namespace {
 
-constexpr int kThreads = 128;
+// Rooms of one tensor, one after the other; without the tensor, only how many bytes they take.
+// Memory of the caching allocator lives until the kernels on this stream have read it.
+class DeviceWorkspace {
+ public:
+  explicit DeviceWorkspace(std::byte* begin = nullptr) : begin_(begin) {}
 
-// A batch as the device sees it.
-template <typename scalar_t>
-struct DeviceBatch {
-  cuda::DeviceSamples samples;
-  cuda::DeviceOperand<scalar_t> x;
+  template <typename T>
+  T* take(int64_t count) {
+    constexpr int64_t kAlignment = 256;
+    std::byte* room = begin_ ? begin_ + bytes_ : nullptr;
+    bytes_ += (count * static_cast<int64_t>(sizeof(T)) + kAlignment - 1) / kAlignment * kAlignment;
+    return reinterpret_cast<T*>(room);
+  }
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  std::byte* begin_;
+  int64_t bytes_ = 0;
 };
 
-template <typename scalar_t>
-__global__ void class_stats_kernel(ClassState state, DeviceBatch<scalar_t> batch) {
-  const int64_t c = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (c >= state.neurons) return;
-  const cuda::DeviceSamples& samples = batch.samples;
-  for (int64_t k = blockIdx.y; k < state.num_classes; k += gridDim.y) {
-    ShiftedSums sums;
-    ClassCell cell;
-    cell.max = -INFINITY;
-    double total_weight = 0;
-    int64_t nonfinite = 0;
-    for (int64_t i = samples.offsets[k]; i < samples.offsets[k + 1]; ++i) {
-      const int64_t n = samples.order[i];
-      const double w = samples.weight_of(i);
-      if (w == 0) continue;
-      double pooled = 0;
-      double sample_abs = 0;
-      double sample_active = 0;
-      int64_t real = 0;
-      for (int64_t p = 0; p < samples.positions; ++p) {
-        if (!samples.real(n, p)) continue;
-        ++real;
-        const double value = batch.x.at(n, p, c);
-        if (!is_finite(value)) {
-          ++nonfinite;
-          continue;
-        }
-        pooled += value;
-        sample_abs += fabs(value);
-        sample_active += value > 0 ? 1 : 0;
-        cell.max = fmaxf(cell.max, static_cast<float>(value));
-      }
-      if (real == 0) continue;
-      pooled /= static_cast<double>(real);
-      if (total_weight == 0) {
-        const bool known = state.count[k] > 0 && state.mean;
-        sums.shift = known ? state.mean[k * state.neurons + c] : pooled;
-      }
-      sums.add(pooled, w);
-      total_weight += w;
-      cell.positions += w * static_cast<double>(real);
-      cell.mean_abs += w * sample_abs;
-      cell.active += w * sample_active;
-    }
-    if (total_weight == 0) continue;
-    cell.moments = sums.moments(total_weight);
-    cell.mean_abs /= cell.positions;
-    cell.active /= cell.positions;
-    merge_cell(state, k, c, cell);
-    cuda::count_nonfinite(state, c, nonfinite);
-  }
+cuda::SiteInput site_input(const ClassState& state, const ClassBatch& batch) {
+  return {
+      state,
+      batch.x.const_data_ptr(),
+      element_of(batch.x),
+      batch.mask.defined() ? batch.mask.const_data_ptr<bool>() : nullptr,
+      batch.positions,
+      batch.stride_n,
+      batch.stride_p,
+      batch.stride_c,
+  };
 }
 
-__global__ void raise_counts_kernel(ClassState state, cuda::DeviceSamples samples) {
-  const int64_t k = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (k < state.num_classes) samples.raise_counts(state, k, /*pooled=*/false);
+cuda::BatchInput batch_input(const ClassBatch& batch, const at::Tensor& order,
+                             const at::Tensor& offsets) {
+  return {
+      order.const_data_ptr<int64_t>(),
+      offsets.const_data_ptr<int64_t>(),
+      batch.share.defined() ? batch.share.const_data_ptr<double>() : nullptr,
+      batch.weight.defined() ? batch.weight.const_data_ptr<double>() : nullptr,
+      order.size(0),
+      batch.samples,
+      offsets.size(0) - 1,
+  };
 }
 
-__global__ void merge_kernel(ClassState state, ClassState other) {
-  const int64_t c = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (c >= state.neurons) return;
-  for (int64_t k = blockIdx.y; k < state.num_classes; k += gridDim.y) {
-    if (other.count[k] != 0) merge_cell(state, k, c, load_cell(other, k, c));
-  }
-  if (blockIdx.y == 0) state.nonfinite[c] += other.nonfinite[c];
-}
-
-__global__ void merge_counts_kernel(ClassState state, ClassState other) {
-  const int64_t k = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (k >= state.num_classes) return;
-  state.count[k] += other.count[k];
-  state.positions[k] += other.positions[k];
-}
-
-cuda::Grid neuron_grid(const ClassState& state) {
-  return {cuda::blocks_for(state.neurons, kThreads),
-          std::clamp<int64_t>(state.num_classes, 1, cuda::kMaxGridY)};
+void accumulate(const cuda::BatchInput& batch, const cuda::SiteInput* sites, int count,
+                const at::TensorOptions& options) {
+  DeviceWorkspace sizes;
+  cuda::ClassStatsLaunch(batch, sites, count, sizes);
+  const at::Tensor room = at::empty({sizes.bytes()}, options.dtype(at::kByte));
+  DeviceWorkspace workspace(static_cast<std::byte*>(room.mutable_data_ptr()));
+  cuda::ClassStatsLaunch(batch, sites, count, workspace).run();
 }
 
 // Sorting and searching are ATen's (a radix sort; no wait for the device).
@@ -139,18 +109,37 @@ void class_stats_cuda(const at::Tensor& count, const at::Tensor& positions,
   const c10::cuda::CUDAGuard guard(count.device());
   const ClassBatch batch = checked_batch("class_stats_", state, count.device(), x, order, offsets,
                                          share, weight, mask, neuron_dim);
-  if (batch.samples == 0 || state.num_classes == 0) return;
-
-  const cuda::DeviceSamples samples = cuda::device_samples(batch, order, offsets);
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, batch.x.scalar_type(), "class_stats_", [&] {
-        const DeviceBatch<scalar_t> device{samples, cuda::device_operand<scalar_t>(batch)};
-        cuda::launch("class_stats_kernel", &class_stats_kernel<scalar_t>, neuron_grid(state),
-                     kThreads, state, device);
-      });
-  cuda::launch("raise_counts_kernel", &raise_counts_kernel,
-               {cuda::blocks_for(state.num_classes, kThreads)}, kThreads, state, samples);
+  if (order.size(0) == 0 || state.num_classes == 0) return;
+  const cuda::SiteInput site = site_input(state, batch);
+  accumulate(batch_input(batch, order, offsets), &site, 1, count.options());
   bump_state(count, positions, nonfinite, mean, m2, mean_abs, max, active);
+}
+
+void class_stats_many_cuda(at::TensorList counts, at::TensorList positions,
+                           at::TensorList nonfinites, at::TensorList means, at::TensorList m2s,
+                           at::TensorList mean_abs, at::TensorList maxs, at::TensorList actives,
+                           at::TensorList xs, const at::Tensor& order, const at::Tensor& offsets,
+                           const OptionalTensor& share, const OptionalTensor& weight,
+                           const OptionalTensors& masks, at::IntArrayRef neuron_dims) {
+  // Copies that a site's x may need are made on its device.
+  const c10::cuda::CUDAGuard guard(order.device());
+  const std::vector<ClassSite> sites =
+      checked_sites(counts, positions, nonfinites, means, m2s, mean_abs, maxs, actives, xs, order,
+                    offsets, share, weight, masks, neuron_dims);
+  if (sites.empty()) return;
+  if (order.size(0) > 0 && offsets.size(0) > 1) {
+    std::vector<cuda::SiteInput> inputs;
+    for (const ClassSite& site : sites) inputs.push_back(site_input(site.state, site.batch));
+    const cuda::BatchInput batch = batch_input(sites[0].batch, order, offsets);
+    for (size_t first = 0; first < inputs.size(); first += cuda::kMaxSites) {
+      const size_t count = std::min<size_t>(cuda::kMaxSites, inputs.size() - first);
+      accumulate(batch, inputs.data() + first, static_cast<int>(count), counts[0].options());
+    }
+  }
+  for (const at::TensorList list :
+       {counts, positions, nonfinites, means, m2s, mean_abs, maxs, actives}) {
+    for (const at::Tensor& t : list) bump_version(t);
+  }
 }
 
 void class_stats_merge_cuda(const at::Tensor& count, const at::Tensor& positions,
@@ -170,9 +159,7 @@ void class_stats_merge_cuda(const at::Tensor& count, const at::Tensor& positions
   check_device(other_count, count.device(), op, "other_count");
   check_mergeable(state, other);
   const c10::cuda::CUDAGuard guard(count.device());
-  cuda::launch("merge_kernel", &merge_kernel, neuron_grid(state), kThreads, state, other);
-  cuda::launch("merge_counts_kernel", &merge_counts_kernel,
-               {cuda::blocks_for(state.num_classes, kThreads)}, kThreads, state, other);
+  cuda::merge_states(state, other);
   bump_state(count, positions, nonfinite, mean, m2, mean_abs, max, active);
 }
 
@@ -182,5 +169,6 @@ void class_stats_merge_cuda(const at::Tensor& count, const at::Tensor& positions
 TORCH_LIBRARY_IMPL(neusemslice, CUDA, m) {
   m.impl("class_order", &neusemslice::ops::class_order_cuda);
   m.impl("class_stats_", &neusemslice::ops::class_stats_cuda);
+  m.impl("class_stats_many_", &neusemslice::ops::class_stats_many_cuda);
   m.impl("class_stats_merge_", &neusemslice::ops::class_stats_merge_cuda);
 }
