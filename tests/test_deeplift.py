@@ -441,6 +441,8 @@ def test_what_does_not_fit_is_refused():
         deeplift(model, x, classes, torch.zeros(12, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"answers \[3, 4\], to which classes \[2\] do not fit"):
         deeplift(model, x, classes[:2])
+    with pytest.raises(ValueError, match=r"classes must lie in \[0, 4\) or be -100, got 4"):
+        deeplift(model, x, classes + 2)
     with pytest.raises(ValueError, match="did not call 'last'"):
         deeplift(nn.ModuleDict({"last": model}).last, x, classes, modules=["last"])
     bert = transformer_models.transformer("bert")

@@ -104,6 +104,15 @@ def _named(batch: Any) -> Mapping[str, Any] | None:
     return None
 
 
+def as_inputs(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | Inputs) -> Inputs:
+    """What a model is called with: a tensor, a tuple of arguments, or keyword arguments."""
+    if isinstance(inputs, Inputs):
+        return inputs
+    if isinstance(inputs, Tensor):
+        return Inputs((inputs,))
+    return Inputs(kwargs=inputs) if isinstance(inputs, Mapping) else Inputs(tuple(inputs))
+
+
 def as_labels(raw: Any, where: str, *, soft: bool = False) -> Tensor:
     """Labels as int64, from a tensor, list or array of integers; soft ones keep their dtype.
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from neusemslice.graph import Inputs, device_of, logits_of, unwrapped
 from neusemslice.graph.model import uncompiled
+from neusemslice.profiling.batching import as_inputs
 from neusemslice.profiling.calls import baseline_of
 from neusemslice.profiling.paired import Paired
 from neusemslice.profiling.rule_table import TABLE
@@ -73,8 +74,8 @@ def deeplift(
     Args:
         model: returns logits ``[N, K]`` or ``[N, T, K]``, or what ``nss.profile`` takes.
         inputs: a batch: a tensor, a tuple of arguments, or a mapping of keyword arguments.
-        classes: ``[N]``, or ``[N, T]`` for one per token, -100 for none; or floating-point
-            ``[N, K]``: the logits' weights.
+        classes: ``[N]``, or ``[N, T]`` for one per token, -100 for none (on a GPU any number that
+            is no class); or floating-point ``[N, K]``: the logits' weights.
         baseline: "zeros", or a tensor that broadcasts to the first input; token ids for tokens.
         modules: names of the modules at whose input contributions are wanted.
 
@@ -82,7 +83,7 @@ def deeplift(
         NotImplementedError: for an operation without a rule, naming it and the module it is in.
         ValueError: for a baseline or classes that do not fit.
     """
-    lifted = lift(model, _as_inputs(inputs), classes, baseline, modules)
+    lifted = lift(model, as_inputs(inputs), classes, baseline, modules)
     return Contributions(
         lifted.difference,
         tuple(delta * multiplier for delta, multiplier in lifted.inputs),
@@ -139,14 +140,6 @@ def lift(
         pairs.append((delta, torch.zeros_like(delta) if gradient is None else gradient))
     roots = len(paired.roots)
     return Lifted(difference, pairs[:roots], dict(zip(paired.seen, pairs[roots:], strict=True)))
-
-
-def _as_inputs(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | Inputs) -> Inputs:
-    if isinstance(inputs, Inputs):
-        return inputs
-    if isinstance(inputs, Tensor):
-        return Inputs((inputs,))
-    return Inputs(kwargs=inputs) if isinstance(inputs, Mapping) else Inputs(tuple(inputs))
 
 
 def _first(inputs: Inputs) -> tuple[str | None, Tensor]:
@@ -236,6 +229,11 @@ def _class_logits(logits: Tensor, classes: Tensor) -> Tensor:
     else:
         index = classes.long().unsqueeze(-1)
         counted = (index >= 0) & (index < logits.shape[-1])
+        if index.device.type == "cpu" and not bool((counted | (index == -100)).all()):
+            raise ValueError(
+                f"deeplift: classes must lie in [0, {logits.shape[-1]}) or be -100, got "
+                f"{int(index[~counted & (index != -100)][0])}"
+            )
         chosen = logits.gather(-1, index.where(counted, 0)).masked_fill(~counted, 0)
     return chosen.flatten(1).sum(1)
 

@@ -30,7 +30,7 @@ from neusemslice.graph import (
     unwrapped,
 )
 from neusemslice.ops import ClassOrder, ClassStats, class_order, class_stats_, contribution_
-from neusemslice.profiling.batching import as_labels, as_mask
+from neusemslice.profiling.batching import as_inputs, as_labels, as_mask
 from neusemslice.profiling.deeplift import lift, name_of_baseline
 from neusemslice.profiling.gradients import Kept, first_modules, in_backward, start_gradients
 from neusemslice.profiling.profile import METRICS, Profile
@@ -116,7 +116,7 @@ class Profiler:
         self._model = unwrapped(model)
         # Tensors made in inference mode could not be changed after it.
         with torch.inference_mode(False):
-            graph = _select(trace(self._model, _as_inputs(inputs)), sites)
+            graph = _select(trace(self._model, as_inputs(inputs)), sites)
             k = graph.num_outputs if num_classes is None else num_classes
             names = tuple(str(i) for i in range(k)) if class_names is None else tuple(class_names)
             if len(names) != k:
@@ -468,11 +468,3 @@ def _select(graph: Graph, patterns: Sequence[str] | None) -> Graph:
             raise ValueError(f"profile: no site matches {pattern!r}; the model has {known}")
         chosen.update(found)
     return graph.only(chosen)
-
-
-def _as_inputs(inputs: Tensor | tuple[Any, ...] | Mapping[str, Any] | Inputs) -> Inputs:
-    if isinstance(inputs, Inputs):
-        return inputs
-    if isinstance(inputs, Tensor):
-        return Inputs((inputs,))
-    return Inputs(kwargs=inputs) if isinstance(inputs, Mapping) else Inputs(tuple(inputs))
