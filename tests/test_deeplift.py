@@ -83,6 +83,15 @@ NAMES = """
     hardsigmoid softsign tanhshrink softshrink hardshrink logsigmoid
 """
 
+
+def _softmax_by_hand(x: Tensor) -> Tensor:
+    """Over scores some of which are masked with infinity."""
+    later = torch.arange(5) > torch.arange(5).unsqueeze(1)
+    scores = (x @ x.mT).masked_fill(later, -torch.inf)
+    scores = (scores - scores.amax(-1, keepdim=True)).exp()
+    return scores / scores.sum(-1, keepdim=True) @ x
+
+
 IMAGE_FUNCTIONS = {
     **{
         name: getattr(F, name)
@@ -96,6 +105,7 @@ IMAGE_FUNCTIONS = {
     "clamp": lambda x: x.clamp(-0.3, 0.5) + x.clamp_min(0) + torch.maximum(x, torch.tensor(0.2)),
     "powers": lambda x: x**2 + x**3 + (x.abs() + 1) ** 0.5 + 2**x + (1 + x.pow(2)).reciprocal(),
     "quotient": lambda x: x / (1 + x.abs()) + 1 / (2 + x.exp()) + (x / 2) / x.mean(1, keepdim=True),
+    "roots of zeros": lambda x: x.relu() ** 0.5 + x.relu().sqrt() + F.elu(x).clamp_min(0).pow(0.7),
     "keywords": lambda x: torch.div(input=x, other=1 + x.abs()) + torch.lerp(x, x.exp(), x),
     "product": lambda x: x * x.sigmoid() * x.flip(1) + torch.addcmul(x, x, x),
     "einsum": lambda x: torch.einsum("nchw,ndhw->ncd", x, x.tanh()),
@@ -136,6 +146,7 @@ IMAGE_FUNCTIONS = {
 }  # fmt: skip
 
 TOKEN_FUNCTIONS = {
+    "softmax by hand": _softmax_by_hand,
     "layer norm": nn.LayerNorm(8),
     "layer norm over two": nn.LayerNorm((5, 8)),
     "rms norm": nn.RMSNorm(8),

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import neusemslice as nss
 from neusemslice.graph import Inputs, evaluation, fingerprint, trace
-from neusemslice.profiling import sweep
+from neusemslice.profiling import METRICS, sweep
 
 IMAGES = loader(24)
 VECTORS = loader(24, shape=(12,))
@@ -79,7 +79,7 @@ def saved(folder, world):
 
 def _whole(rank, world, folder):
     # Ragged: ranks see different numbers of samples, and of batches.
-    profile = nss.profile(mlp(), VECTORS[rank::world])
+    profile = nss.profile(mlp(), VECTORS[rank::world], METRICS)
     profile.all_reduce()
     profile.save(folder / f"{rank}.safetensors")
 
@@ -88,7 +88,7 @@ def _whole(rank, world, folder):
 def test_ranks_equal_one_process(world, tmp_path):
     on_ranks(world, _whole, tmp_path, tmp_path)
     profiles = saved(tmp_path, world)
-    assert_close(profiles[0], nss.profile(mlp(), VECTORS))
+    assert_close(profiles[0], nss.profile(mlp(), VECTORS, METRICS))
     for other in profiles[1:]:
         assert_same_bits(profiles[0], other)
 
@@ -142,6 +142,9 @@ def _sharded(rank, world, folder):
     with torch.no_grad():
         model(IMAGES[0][0])  # leaves whole parameters in the model
     profile = nss.profile(model, IMAGES[rank::world], ("avg", "var", "taylor"))
+    assert_trains_the_same(model, plain)
+    with pytest.raises(NotImplementedError, match=r"deeplift: the parameters of .* spread over"):
+        nss.profile(model, IMAGES[:1], ("deeplift",))
     assert_trains_the_same(model, plain)
     profile.all_reduce()
     profile.save(folder / f"{rank}.safetensors")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
-from neusemslice.graph import Inputs, device_of, logits_of, unwrapped
+from neusemslice.graph import Inputs, device_of, is_sharded, logits_of, unwrapped
 from neusemslice.graph.model import uncompiled
 from neusemslice.profiling.batching import as_inputs
 from neusemslice.profiling.calls import baseline_of
@@ -80,7 +80,8 @@ def deeplift(
         modules: names of the modules at whose input contributions are wanted.
 
     Raises:
-        NotImplementedError: for an operation without a rule, naming it and the module it is in.
+        NotImplementedError: for an operation without a rule, naming it and the module it is in,
+            and for parameters that are spread over ranks.
         ValueError: for a baseline or classes that do not fit.
     """
     lifted = lift(model, as_inputs(inputs), classes, baseline, modules)
@@ -108,6 +109,12 @@ def lift(
 ) -> Lifted:
     """What ``deeplift`` multiplies; arguments and errors as there."""
     model = unwrapped(model)
+    for name, module in model.named_modules():
+        if is_sharded(module):
+            raise NotImplementedError(
+                f"deeplift: the parameters of {name or 'the model'} are spread over ranks, and "
+                "gathering them is a step without a rule; use the whole model"
+            )
     paired = Paired(model, TABLE, tuple(modules))
     with torch.inference_mode(False), _constant_parameters(model), uncompiled():
         given = inputs.normal().to(device_of(model))

@@ -72,14 +72,14 @@ def _elementwise(mode: Paired, call: Call, *, exact: bool) -> Tensor:
     value, baseline = call.values()
     a, b = x.detach(), baseline_of(x)
     delta = a - b
-    if exact:
-        close = delta == 0
-    else:
+    close = a == b
+    if not exact:
         # A quotient is off by eps / |Δ|, relative to the values, and the derivative at the mean by
         # Δ²: at sqrt(eps) the quotient keeps half of its digits, and the derivative all.
         eps = torch.finfo(a.dtype).eps
-        close = delta.abs() <= math.sqrt(eps) * torch.maximum(a.abs(), b.abs())
-    slope = _slope(call, x, (a + b) / 2)
+        close |= delta.abs() <= math.sqrt(eps) * torch.maximum(a.abs(), b.abs())
+    # Where it is infinite the two are equal, and there is no difference to multiply.
+    slope = _slope(call, x, (a + b) / 2).nan_to_num(0, 0, 0)
     standin = x
     if value.shape != x.shape:
         with torch.enable_grad():
@@ -115,8 +115,8 @@ def _closed(form: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]) -> Rule:
 
 
 def _ratio(t: Tensor) -> Tensor:
-    """``(1 - exp(-t)) / t`` for ``t >= 0``."""
-    return torch.where(t == 0, 1.0, -torch.expm1(-t) / t)
+    """``(1 - exp(-t)) / t`` for ``t >= 0``; 1 for NaN, the difference of equal infinities."""
+    return torch.where(t > 0, -torch.expm1(-t) / t, 1.0)
 
 
 def _exp(a: Tensor, b: Tensor, y: Tensor, z: Tensor) -> Tensor:
@@ -273,10 +273,8 @@ def _chosen(
         standin = x.gather(dim, torch.where(value >= other, i, j))
     with torch.no_grad():
         taken = torch.where(value >= other, i, j)
-        delta = x.detach().gather(dim, taken) - baseline_of(x).gather(dim, taken)
-        m = torch.where(
-            delta == 0, (i == j).to(value.dtype), (value - other) / delta.masked_fill(delta == 0, 1)
-        )
+        here, there = x.detach().gather(dim, taken), baseline_of(x).gather(dim, taken)
+        m = torch.where(here == there, (i == j).to(value.dtype), (value - other).div_(here - there))
     return _attached(mode, call, standin, value, other, m)
 
 
