@@ -107,13 +107,14 @@ def plot_faithfulness(found: Faithfulness, path: Path) -> None:
         )
 
         best = int((kept - chance).argmax())
-        classes = torch.arange(len(found.class_names))
+        classes = range(len(found.class_names))
         for offset, name, values, colour in (
             (-0.27, "slice", found.kept[best], _MAIN),
             (0.0, "random, equal size", found.random[best].mean(0), _LIGHT),
             (0.27, "complement", found.dropped[best], _OTHER),
         ):
-            bars.bar(classes + offset, values, 0.26, color=colour, label=name)
+            places = [k + offset for k in classes]
+            bars.bar(places, values.tolist(), 0.26, color=colour, label=name)
         longest = max(map(len, found.class_names))
         turned = {"rotation": 45, "ha": "right"} if longest > 3 else {}
         bars.set_xticks(classes, found.class_names, fontsize=8, **turned)
