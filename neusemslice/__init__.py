@@ -13,7 +13,7 @@ from neusemslice import ops, optim
 from neusemslice.maintain import extend, readapt, restructure
 from neusemslice.profiling import Profile, Profiler, profile
 from neusemslice.report import Faithfulness, faithfulness
-from neusemslice.slicing import SemanticSlicing, Slice
+from neusemslice.slicing import SemanticSlicing, Slice, category_slice, global_slice
 from neusemslice.slicing import slice_profile as slice  # noqa: A004
 
 __all__ = [
@@ -22,8 +22,10 @@ __all__ = [
     "Profiler",
     "SemanticSlicing",
     "Slice",
+    "category_slice",
     "extend",
     "faithfulness",
+    "global_slice",
     "ops",
     "optim",
     "profile",

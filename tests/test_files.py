@@ -74,7 +74,7 @@ def test_another_kind(written):
 
 def test_another_version(written, monkeypatch):
     monkeypatch.setattr(_files, "FORMAT", 7)
-    with pytest.raises(ValueError, match="is of format 1, this version reads 7"):
+    with pytest.raises(ValueError, match="is of format 2, this version reads 7"):
         load(written)
 
 
@@ -85,7 +85,7 @@ def test_somebody_elses_safetensors(tmp_path):
         load(path)
 
 
-@pytest.mark.parametrize("metadata", ["{", "[]", "{}", '{"kind": "thing", "format": 1}'])
+@pytest.mark.parametrize("metadata", ["{", "[]", "{}", '{"kind": "thing", "format": 2}'])
 def test_damaged_metadata(tmp_path, metadata):
     path = tmp_path / "bad"
     path.write_bytes(save(TENSORS, {"neusemslice": metadata}))

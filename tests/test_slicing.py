@@ -248,7 +248,7 @@ class TestApplied:
     @pytest.mark.parametrize("name", IMAGES)
     def test_masked_neurons_are_zero_for_their_readers(self, name):
         model, slicing = made(name, threshold=0.5)
-        kept = slicing.critical_slice()
+        kept = slicing.critical_slice().closed()
         seen = {}
 
         def hook(module, args):

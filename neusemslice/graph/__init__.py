@@ -1,6 +1,7 @@
 """Which parameters belong to a neuron, where it is observed, and what it is coupled to."""
 
 from neusemslice.graph.dependencies import dependency_graph
+from neusemslice.graph.fit import misfit
 from neusemslice.graph.model import (
     Inputs,
     device_of,
@@ -13,7 +14,7 @@ from neusemslice.graph.model import (
     unwrapped,
 )
 from neusemslice.graph.sharding import is_sharded, smallest
-from neusemslice.graph.sites import Graph, Group, Layer, Reader, Site, Span
+from neusemslice.graph.sites import Graph, Group, Layer, Norm, Reader, Site, Span
 from neusemslice.graph.trace import trace
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Group",
     "Inputs",
     "Layer",
+    "Norm",
     "Reader",
     "Site",
     "Span",
@@ -31,6 +33,7 @@ __all__ = [
     "is_compiled",
     "is_sharded",
     "logits_of",
+    "misfit",
     "reset_compiler",
     "smallest",
     "tensors_in",

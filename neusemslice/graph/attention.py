@@ -75,12 +75,12 @@ def find_attentions(calls: Mapping[nn.Module, Call]) -> list[Attention]:
     writers = {node: layer for layer, call in calls.items() for node in call.writes}
     found = []
     for reader, call in calls.items():
-        nodes = _walk(call.reads, writers)
+        nodes = nodes_before(call.reads, writers)
         mixers = {node for node in nodes if _is_attention(node, writers)}
         if not mixers:
             continue
         sources = {writers[node] for node in nodes if node in writers}
-        around = {writers[n] for n in _walk(call.reads, writers, mixers) if n in writers}
+        around = {writers[n] for n in nodes_before(call.reads, writers, mixers) if n in writers}
         # Around an attention that is one branch of a residual stream, all of its layers are
         # reached: that reader is not the attention's own.
         if sources - around:
@@ -141,10 +141,10 @@ def _site(
     )
 
 
-def _walk(
+def nodes_before(
     starts: Collection[Any], writers: Mapping[Any, nn.Module], closed: Collection[Any] = ()
 ) -> set[Any]:
-    """Autograd nodes before ``starts``; not through layers, and not into closed nodes."""
+    """Autograd nodes up to ``starts``; not through layers, and not into closed nodes."""
     seen: set[Any] = set()
     pending = [node for node in starts if node is not None and node not in closed]
     while pending:
@@ -164,7 +164,7 @@ def _is_attention(node: Any, writers: Mapping[Any, nn.Module]) -> bool:
         return True
     if not name.startswith("bmm") or node in writers:
         return False
-    return any("softmax" in before.name().lower() for before in _walk([node], writers))
+    return any("softmax" in before.name().lower() for before in nodes_before([node], writers))
 
 
 def find_heads(

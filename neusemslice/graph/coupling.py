@@ -30,11 +30,12 @@ from neusemslice.graph.layers import (
     is_depthwise,
     is_grouped,
     is_layer,
+    mixes_neurons,
     out_features,
     rows_of,
     weight_dims,
 )
-from neusemslice.graph.probe import Probe, mixes_neurons
+from neusemslice.graph.probe import Probe
 from neusemslice.graph.sites import Graph, Group, Reader, Site, Span
 
 

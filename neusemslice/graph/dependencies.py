@@ -29,7 +29,7 @@ def dependency_graph(model: nn.Module, inputs: Inputs) -> torch_pruning.Dependen
 
     It follows every tensor of the output, not only the logits.
     """
-    calls, _ = run_layers(model, inputs)
+    calls = run_layers(model, inputs).calls
     heads = find_heads(find_attentions(calls), calls, Probe(model, inputs, calls))
     return dependencies(model, inputs, calls, heads).graph
 

@@ -45,15 +45,38 @@ class Call:
     unseen: str = ""
 
 
-def run_layers(model: nn.Module, inputs: Inputs) -> tuple[dict[nn.Module, Call], torch.Size]:
-    """Runs a model whose parameters require gradients; returns its layers and its logits' shape.
+_MIXING_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
-    Layers whose output is not one tensor are left out.
+
+@dataclass
+class Run:
+    """What one forward pass showed.
+
+    Attributes:
+        calls: of the layers, except those whose output is not one tensor.
+        norms: of the norms that mix neurons.
+        answer: the shape of the logits.
+    """
+
+    calls: dict[nn.Module, Call]
+    norms: dict[nn.Module, Call]
+    answer: torch.Size
+
+
+def run_layers(model: nn.Module, inputs: Inputs) -> Run:
+    """Runs a model whose parameters require gradients.
 
     Raises:
         TypeError: if it returns no logits.
     """
     calls: dict[nn.Module, Call] = {}
+    norms: dict[nn.Module, Call] = {}
+
+    def note_norm(module: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
+        if args and isinstance(output, Tensor) and output.shape == args[0].shape:
+            call = norms.setdefault(module, Call(len(norms)))
+            call.count += 1
+            call.reads.append(args[0].grad_fn)
 
     def note(
         module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any], output: object
@@ -75,6 +98,7 @@ def run_layers(model: nn.Module, inputs: Inputs) -> tuple[dict[nn.Module, Call],
     handles = [
         m.register_forward_hook(note, with_kwargs=True) for m in model.modules() if is_layer(m)
     ]
+    handles += [m.register_forward_hook(note_norm) for m in model.modules() if mixes_neurons(m)]
     try:
         output = logits_of(inputs.run(model))
     finally:
@@ -88,7 +112,7 @@ def run_layers(model: nn.Module, inputs: Inputs) -> tuple[dict[nn.Module, Call],
             call.problem = "has a parametrized weight"
         elif any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
             call.problem = "shares a parameter with another module"
-    return calls, output.shape
+    return Run(calls, norms, output.shape)
 
 
 def argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -103,6 +127,13 @@ def is_layer(module: object) -> bool:
     return isinstance(module, (_ConvNd, nn.Linear)) or is_transposed_linear(module)
 
 
+def mixes_neurons(module: nn.Module) -> bool:
+    """Whether it is a norm over several neurons: those of transformers go by many names."""
+    return isinstance(module, _MIXING_NORMS) or type(module).__name__.endswith(
+        ("RMSNorm", "LayerNorm")
+    )
+
+
 def is_transposed_linear(module: object) -> bool:
     """Whether it is a linear layer with ``nx`` inputs, ``nf`` outputs and a weight [nx, nf]."""
     if not isinstance(module, nn.Module):
@@ -113,8 +144,13 @@ def is_transposed_linear(module: object) -> bool:
 
 
 def dim_of(layer: nn.Module) -> int:
-    """The dimension of its input and output that holds the neurons."""
-    return 1 if isinstance(layer, _ConvNd) else -1
+    """The dimension of a layer's or norm's input and output that holds the neurons."""
+    if isinstance(layer, (_ConvNd, nn.GroupNorm)):
+        return 1
+    if isinstance(layer, (nn.LayerNorm, nn.RMSNorm)):
+        return -len(layer.normalized_shape)
+    # Norms of one's own over the channels of an image name their layout as ConvNeXt's does.
+    return 1 if getattr(layer, "data_format", "") == "channels_first" else -1
 
 
 def out_features(layer: nn.Module) -> int:

@@ -18,10 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neusemslice.graph.layers import argument, dim_of, out_features
+from neusemslice.graph.layers import argument, dim_of, mixes_neurons, out_features
 from neusemslice.graph.model import Inputs
-
-_MIXING_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 Spans = Mapping[nn.Module, Mapping[nn.Module, tuple[int, int]]]
 """For each producer and reader: (start, repeat) of the producer's neurons in the reader's input."""
@@ -32,12 +30,20 @@ class Probe:
 
     Args:
         layers: those that a forward pass calls.
+        norms: those whose input is to be seen as well.
     """
 
-    def __init__(self, model: nn.Module, inputs: Inputs, layers: Collection[nn.Module]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        layers: Collection[nn.Module],
+        norms: Collection[nn.Module] = (),
+    ) -> None:
         self.model = model
         self.inputs = inputs
         self.layers = layers
+        self.norms = norms
         outputs: dict[nn.Module, list[Tensor]] = {layer: [] for layer in layers}
         self.plain = self._run(outputs)
         # A layer that is called more than once has no output of its own to come back to.
@@ -85,7 +91,10 @@ class Probe:
         several = {
             reader: x
             for reader, x in self.plain.items()
-            if dim_of(reader) == -1 and x.shape[0] > samples and x.shape[0] % max(1, samples) == 0
+            if reader in self.layers
+            and dim_of(reader) == -1
+            and x.shape[0] > samples
+            and x.shape[0] % max(1, samples) == 0
         }
         if samples < 2 or not several:
             return set()
@@ -159,7 +168,7 @@ class Probe:
         readers: Collection[nn.Module] | None = None,
         inputs: Inputs | None = None,
     ) -> dict[nn.Module, Tensor]:
-        """What the readers, by default all layers, read; fills in what layers write."""
+        """What the readers, by default all layers and norms, read; fills in what layers write."""
         read: dict[nn.Module, Tensor] = {}
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -173,7 +182,7 @@ class Probe:
             return args[0] if args else output
 
         with ExitStack() as stack, torch.no_grad():
-            for layer in self.layers if readers is None else readers:
+            for layer in (*self.layers, *self.norms) if readers is None else readers:
                 hook = layer.register_forward_pre_hook(before, with_kwargs=True)
                 stack.callback(hook.remove)
             for layer in outputs or ():
@@ -216,11 +225,4 @@ def _starts_with(whole: Tensor, part: Tensor | None) -> bool:
     # Sums over batches of other sizes may be rounded otherwise.
     return torch.allclose(
         whole[: part.shape[0]], part, rtol=1e-2, atol=1e-3 * float(part.abs().max())
-    )
-
-
-def mixes_neurons(module: nn.Module) -> bool:
-    """Whether it is a norm over several neurons: those of transformers go by many names."""
-    return isinstance(module, _MIXING_NORMS) or type(module).__name__.endswith(
-        ("RMSNorm", "LayerNorm")
     )

@@ -75,6 +75,7 @@ class Site:
         producers: the modules whose outputs the neurons are; of attention heads the source of
             values, then those of queries and keys, or the one layer that gives them all.
         readers: the modules that read them; the first is where they are observed, at its input.
+        norms: the norms in ``Graph.norms`` that read them on their way there.
         rows: what the neurons own: producers' rows, biases, norm affine and running statistics.
         columns: the weights with which the readers read them.
     """
@@ -86,6 +87,25 @@ class Site:
     readers: tuple[Reader, ...]
     rows: tuple[Span, ...]
     columns: tuple[Span, ...]
+    norms: tuple[Reader, ...] = ()
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm module in which each of several features depends on the others.
+
+    Attributes:
+        name: of the module.
+        dim: of its input and output that holds the features.
+        features: how many.
+        units: into how many runs of features it divides them, each of which stays or goes as a
+            whole: the groups of a GroupNorm. Equal to ``features`` where each may go alone.
+    """
+
+    name: str
+    dim: int
+    features: int
+    units: int
 
 
 @dataclass(frozen=True)
@@ -127,6 +147,7 @@ class Graph:
         sites, groups: see ``Site`` and ``Group``.
         layers: all convolutions and linear layers that a forward pass calls.
         outputs: modules whose neurons are the model's answer.
+        norms: those that mix the neurons of sites, in the order of their calls.
         skipped: modules that are not observed, and why.
     """
 
@@ -137,6 +158,7 @@ class Graph:
     layers: tuple[Layer, ...]
     outputs: tuple[str, ...]
     skipped: Mapping[str, str]
+    norms: tuple[Norm, ...] = ()
 
     def site(self, name: str) -> Site:
         """The site of that name.
@@ -189,6 +211,7 @@ class Graph:
                     readers=tuple(Reader(**reader) for reader in site["readers"]),
                     rows=tuple(Span(**span) for span in site["rows"]),
                     columns=tuple(Span(**span) for span in site["columns"]),
+                    norms=tuple(Reader(**norm) for norm in site["norms"]),
                 )
                 for site in raw["sites"]
             ),
@@ -196,4 +219,5 @@ class Graph:
             layers=tuple(Layer(**layer) for layer in raw["layers"]),
             outputs=tuple(raw["outputs"]),
             skipped=dict(raw["skipped"]),
+            norms=tuple(Norm(**norm) for norm in raw["norms"]),
         )

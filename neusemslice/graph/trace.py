@@ -1,7 +1,8 @@
 """From a model and one batch to its graph.
 
-Three parts find it: what a forward pass shows of layers (layers.py), torch-pruning's graph for
-layers whose neurons reach their readers one to one (coupling.py), and attentions (attention.py).
+Four parts find it: what a forward pass shows of layers (layers.py), torch-pruning's graph for
+layers whose neurons reach their readers one to one (coupling.py), attentions (attention.py), and
+norms that mix neurons on their way (norms.py).
 All claims of where neurons arrive are tried on the model (probe.py).
 """
 
@@ -25,6 +26,7 @@ from neusemslice.graph.layers import (
     run_layers,
 )
 from neusemslice.graph.model import Inputs, device_of, evaluation, fingerprint, uncompiled
+from neusemslice.graph.norms import with_norms
 from neusemslice.graph.probe import Probe
 from neusemslice.graph.sharding import same_inputs
 from neusemslice.graph.sites import Graph, Layer
@@ -46,14 +48,15 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
         evaluation(model, requires_grad=True),
     ):
         inputs = same_inputs(model, inputs).to(device_of(model)).normal()
-        calls, answer = run_layers(model, inputs)
-        probe = Probe(model, inputs, calls)
-        _note_rows(calls, probe, {inputs.samples, answer[0]})
+        run = run_layers(model, inputs)
+        calls = run.calls
+        probe = Probe(model, inputs, calls, run.norms)
+        _note_rows(calls, probe, {inputs.samples, run.answer[0]})
         heads = find_heads(find_attentions(calls), calls, probe)
         names = {module: name for name, module in model.named_modules()}
         graph = Graph(
             fingerprint=fingerprint(model),
-            num_outputs=answer[-1],
+            num_outputs=run.answer[-1],
             sites=(),
             groups=(),
             layers=tuple(_layers(calls, names)),
@@ -70,6 +73,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
         else:
             graph = with_traced(graph, names, calls, found, probe)
         graph = with_heads(graph, heads, names, calls)
+        graph = with_norms(graph, model, names, run, probe)
     if not graph.sites:
         reasons = "".join(f"; {name} is left out: {why}" for name, why in graph.skipped.items())
         raise ValueError(

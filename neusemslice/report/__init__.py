@@ -4,7 +4,7 @@ from neusemslice.report.faithfulness import Faithfulness, faithfulness
 from neusemslice.report.figures import plot_outcome, plot_slicing
 from neusemslice.report.outcome import Outcome
 from neusemslice.report.outcome_table import print_outcome
-from neusemslice.report.tables import print_profile, print_slicing
+from neusemslice.report.tables import print_profile, print_slice, print_slicing
 
 __all__ = [
     "Faithfulness",
@@ -14,5 +14,6 @@ __all__ = [
     "plot_slicing",
     "print_outcome",
     "print_profile",
+    "print_slice",
     "print_slicing",
 ]

@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from neusemslice.profiling import Profile
-from neusemslice.slicing import SemanticSlicing
+from neusemslice.slicing import SemanticSlicing, Slice
 
 if TYPE_CHECKING:
     from neusemslice.report.faithfulness import Faithfulness
@@ -48,6 +48,16 @@ def print_profile(profile: Profile, path: Path, console: Console) -> None:
     )
     console.print(f"samples per class: {counts}", highlight=False)
     console.print(f"wrote [bold]{path}[/]", highlight=False)
+
+
+def print_slice(kept: Slice, console: Console) -> None:
+    """Prints how much of each site is in a slice."""
+    table = _table(f"Slice {kept.digest[:8]}", "site", "neurons", "in the slice", "share")
+    for row in kept.table():
+        table.add_row(row.site, f"{row.neurons:,}", f"{row.kept:,}", f"{row.density:.0%}")
+    table.add_section()
+    table.add_row("all", f"{kept.graph.neurons:,}", f"{len(kept):,}", f"{kept.density:.0%}")
+    console.print(table)
 
 
 def print_slicing(slicing: SemanticSlicing, path: Path, console: Console) -> None:

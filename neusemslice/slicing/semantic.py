@@ -11,9 +11,11 @@ component of their own.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -24,6 +26,16 @@ from torch import Tensor
 from neusemslice import _files
 from neusemslice.ops import bitset_pack, bitset_similarity, pairwise_similarity_edges
 from neusemslice.profiling import Profile
+from neusemslice.slicing.budgets import within
+from neusemslice.slicing.explain import (
+    ClassExplanation,
+    Component,
+    NeuronExplanation,
+    component_of,
+    component_weights,
+    explain_class,
+    explain_neuron,
+)
 from neusemslice.slicing.scores import Score, critical_sets, score_of, scored, shares
 from neusemslice.slicing.slice import Slice
 
@@ -73,20 +85,93 @@ class SemanticSlicing:
         Raises:
             ValueError: for a class out of range.
         """
-        k = self.profile.num_classes
-        chosen = list(range(k)) if classes is None else classes
-        for number in chosen:
-            if not 0 <= number < k:
-                raise ValueError(f"critical_slice: classes must lie in [0, {k}), got {number}")
+        chosen = checked_classes("critical_slice", self.profile, classes)
         return Slice(
             self.profile.graph, {name: c[chosen].any(0) for name, c in self.critical.items()}
         )
+
+    def slice(
+        self,
+        classes: Sequence[int] | None = None,
+        *,
+        per_site: float | None = None,
+        whole: float | None = None,
+        floor: int = 0,
+    ) -> Slice:
+        """The critical slice of some classes, cut to budgets.
+
+        A budget leaves out the neurons that a lower θ would leave out.
+
+        Args:
+            classes: those whose neurons are wanted; all by default.
+            per_site: at most this share of each site's neurons, rounded up.
+            whole: at most this share of the model's neurons, rounded down.
+            floor: at least so many neurons of each site, critical or not, or all that it has.
+
+        Raises:
+            ValueError: for a class out of range, a share outside (0, 1], a negative floor, or a
+                floor that a budget does not hold.
+        """
+        chosen = checked_classes("slice", self.profile, classes)
+        wanted = {name: c[chosen].any(0) for name, c in self.critical.items()}
+        p = {name: site[chosen] for name, site in self.shares.items()}
+        return Slice(self.profile.graph, within(wanted, p, per_site, whole, floor))
 
     def component_slice(self, component: int) -> Slice:
         """The neurons of one semantic component."""
         return Slice(
             self.profile.graph, {name: c == component for name, c in self.components.items()}
         )
+
+    @cached_property
+    def component_weights(self) -> Tensor:
+        """Share of each class's contribution that goes through each component.
+
+        The mean over sites, float64 ``[components, K]``.
+        """
+        return component_weights(self)
+
+    def component(self, number: int) -> Component:
+        """A component's neurons, sites, classes and weight.
+
+        Raises:
+            IndexError: if there is none of that number.
+        """
+        if not 0 <= number < self.num_components:
+            raise IndexError(f"component: numbers lie in [0, {self.num_components}), got {number}")
+        return component_of(self, number, self.component_weights[number])
+
+    @overload
+    def explain(self, subject: int | str) -> ClassExplanation: ...
+
+    @overload
+    def explain(self, subject: tuple[str, int]) -> NeuronExplanation: ...
+
+    def explain(self, subject: int | str | tuple[str, int]) -> ClassExplanation | NeuronExplanation:
+        """What a class needs, or what a neuron stands for; ``print`` it to read it.
+
+        Args:
+            subject: a class by number or name, or a neuron as its site and its index there.
+
+        Raises:
+            KeyError: for a site or a class name that there is none of.
+            ValueError: for a class out of range.
+            IndexError: for a neuron out of range, naming its site.
+        """
+        if isinstance(subject, tuple):
+            site, neuron = subject
+            neurons = self.profile.graph.site(site).neurons
+            if not 0 <= neuron < neurons:
+                raise IndexError(
+                    f"explain: neurons of site {site} lie in [0, {neurons}), got {neuron}"
+                )
+            return explain_neuron(self, site, neuron)
+        if isinstance(subject, str):
+            names = self.profile.class_names
+            if subject not in names:
+                raise KeyError(f"explain: no class {subject!r}; there are {', '.join(names)}")
+            subject = names.index(subject)
+        return explain_class(self, checked_classes("explain", self.profile, [subject])[0])
 
     def importance(self, site: str) -> Tensor:
         """Each neuron's share in the class to which it matters most, float64 ``[C]``."""
@@ -145,15 +230,9 @@ def slice_profile(
             without samples, or one that met NaN or infinite activations (the message names the
             site and the count); for a function that gives no scores (the message names it).
     """
-    score = score_of(profile, metric)
     if not 0 < threshold <= 1:
         raise ValueError(f"slice: threshold must lie in (0, 1], got {threshold}")
-    if bad := profile.nonfinite():
-        listed = ", ".join(f"{name} ({count})" for name, count in bad.items())
-        raise ValueError(f"slice: the profile met activations that are NaN or infinite at {listed}")
-    if not bool((profile.samples > 0).any()):
-        raise ValueError("slice: the profile has no sample of any class")
-    p = {s.name: shares(scored(profile, score, s.name)) for s in profile.graph.sites}
+    p = shares_of(profile, metric)
     critical = {name: critical_sets(site, threshold) for name, site in p.items()}
     sets = torch.cat([critical[s.name] for s in profile.graph.sites], dim=1)
     similarity = bitset_similarity(bitset_pack(sets), metric="jaccard")
@@ -167,6 +246,35 @@ def slice_profile(
         class_groups=_class_groups(similarity),
         components=_components(p, critical),
     )
+
+
+def shares_of(profile: Profile, metric: str | Score) -> dict[str, Tensor]:
+    """Per site the classes' shares of contribution, float64 ``[K, C]``.
+
+    Raises:
+        ValueError, TypeError: as ``slice_profile``.
+    """
+    score = score_of(profile, metric)
+    if bad := profile.nonfinite():
+        listed = ", ".join(f"{name} ({count})" for name, count in bad.items())
+        raise ValueError(f"slice: the profile met activations that are NaN or infinite at {listed}")
+    if not bool((profile.samples > 0).any()):
+        raise ValueError("slice: the profile has no sample of any class")
+    return {s.name: shares(scored(profile, score, s.name)) for s in profile.graph.sites}
+
+
+def checked_classes(caller: str, profile: Profile, classes: Sequence[int] | None) -> list[int]:
+    """The classes, all by default.
+
+    Raises:
+        ValueError: for a class out of range.
+    """
+    k = profile.num_classes
+    chosen = list(range(k)) if classes is None else list(classes)
+    for number in chosen:
+        if not 0 <= number < k:
+            raise ValueError(f"{caller}: classes must lie in [0, {k}), got {number}")
+    return chosen
 
 
 def _class_groups(similarity: Tensor) -> Tensor:

@@ -7,14 +7,27 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from neusemslice import _files
-from neusemslice.graph import Graph, fingerprint, reset_compiler
+from neusemslice.graph import Graph, fingerprint, misfit
 from neusemslice.ops import bitset_pack, bitset_unpack
+from neusemslice.slicing.masking import in_units, masked
+
+
+class SiteShare(NamedTuple):
+    """How much of a site is in a slice."""
+
+    site: str
+    neurons: int
+    kept: int
+
+    @property
+    def density(self) -> float:
+        return self.kept / max(1, self.neurons)
 
 
 class Slice:
@@ -75,6 +88,21 @@ class Slice:
         """Share of the model's neurons that are in the slice."""
         return len(self) / max(1, self.graph.neurons)
 
+    def table(self) -> list[SiteShare]:
+        """How much of each site is in the slice, in the order of the forward pass."""
+        return [
+            SiteShare(site.name, site.neurons, int(self.mask(site.name).sum()))
+            for site in self.graph.sites
+        ]
+
+    def jaccard(self, other: Slice) -> float:
+        """``|self ∩ other| / |self ∪ other|``; 0 if both are empty, as in ``bitset_similarity``.
+
+        Raises:
+            ValueError: if the two are of different models.
+        """
+        return len(self & other) / max(1, len(self | other))
+
     @property
     def digest(self) -> str:
         """Hex digest of the set and its model's structure; the same in every process."""
@@ -122,20 +150,25 @@ class Slice:
         return isinstance(other, Slice) and self.digest == other.digest
 
     def __hash__(self) -> int:
-        return hash(self.digest)
+        # Python's own hash of a text is another one in each process.
+        return int(self.digest[:15], 16)
 
     def closed(self) -> Slice:
-        """The smallest slice around this one in which coupled neurons are together.
+        """The smallest slice around this one in which neurons that go together are together.
 
-        A neuron of a coupled group is kept if any site of the group keeps it.
+        A neuron of a coupled group is kept if any site of the group keeps it, and a group of a
+        GroupNorm if any of its neurons is kept.
         """
         masks = self.masks()
-        for group in self.graph.groups:
-            sizes = {masks[name].shape for name in group.sites}
-            if len(group.sites) == 1 or len(sizes) > 1:
-                continue
-            together = torch.stack([masks[name] for name in group.sites]).any(0)
-            masks.update(dict.fromkeys(group.sites, together))
+        size = -1
+        while size != (size := sum(int(mask.sum()) for mask in masks.values())):
+            for group in self.graph.groups:
+                sizes = {masks[name].shape for name in group.sites}
+                if len(group.sites) == 1 or len(sizes) > 1:
+                    continue
+                together = torch.stack([masks[name] for name in group.sites]).any(0)
+                masks.update(dict.fromkeys(group.sites, together))
+            masks = in_units(self.graph, masks)
         return Slice(self.graph, masks)
 
     # The set and its model.
@@ -144,13 +177,14 @@ class Slice:
         """Refuses a model of another structure than the slice's.
 
         Raises:
-            ValueError: naming both fingerprints.
+            ValueError: naming both fingerprints, and the first site that differs.
         """
         found = fingerprint(model)
         if found != self.graph.fingerprint:
+            where = misfit(self.graph, model) or "its sites fit, other tensors do not"
             raise ValueError(
                 f"the slice belongs to another model: it was made for structure "
-                f"{self.graph.fingerprint}, {type(model).__name__} has {found}"
+                f"{self.graph.fingerprint}, {type(model).__name__} has {found}; {where}"
             )
 
     @contextmanager
@@ -158,8 +192,13 @@ class Slice:
         """Inside the block every neuron outside the slice is 0 for whoever reads it.
 
         Neurons are set to 0 at their readers' inputs by selection, so a NaN in one of them does
-        not get through. The model's tensors are not touched. If the model or a part of it is
-        compiled, the compiler is reset on entering and leaving, because it would ignore the hooks.
+        not get through; where a norm mixes neurons, also before it, so that the others' scale does
+        not tell of them, and after it. A group of a GroupNorm is masked as a whole, once none of
+        its neurons is in the slice: until then the others need its mean and scale.
+
+        The model's tensors are not touched. Inside a block within this one, of the same model, the
+        intersection of the slices is what stays. Compiled code would ignore that hooks came or
+        went, so the compiler is reset on entering and leaving.
 
         Raises:
             ValueError: if the model has another structure.
@@ -171,36 +210,8 @@ class Slice:
     @contextmanager
     def masking(self, model: nn.Module) -> Iterator[None]:
         """``applied`` for a model that is known to fit."""
-        handles = []
-        reset_compiler()
-        try:
-            for module, (dim, keep) in self._kept_features(model).items():
-                hook = _select_hook(dim, keep)
-                handles.append(
-                    model.get_submodule(module).register_forward_pre_hook(hook, with_kwargs=True)
-                )
+        with masked(model, self.graph, self.masks()):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            reset_compiler()
-
-    def _kept_features(self, model: nn.Module) -> dict[str, tuple[int, Tensor]]:
-        """For each reader of a neuron outside the slice: features to keep, and their dimension."""
-        sizes = {layer.name: layer.inputs for layer in self.graph.layers}
-        kept: dict[str, tuple[int, Tensor]] = {}
-        for site in self.graph.sites:
-            mask = self.mask(site.name)
-            for reader in site.readers:
-                blank = torch.ones(sizes[reader.module], dtype=torch.bool)
-                _, features = kept.setdefault(reader.module, (reader.dim, blank))
-                span = slice(reader.start, reader.start + site.neurons * reader.repeat)
-                features[span] &= mask.repeat_interleave(reader.repeat)
-        return {
-            name: (dim, features.to(next(model.get_submodule(name).parameters()).device))
-            for name, (dim, features) in kept.items()
-            if not bool(features.all())
-        }
 
     def parameters(self, model: nn.Module) -> list[dict[str, Any]]:
         """Parameter groups for ``optim.MaskedSGD`` and ``MaskedAdamW`` that tune this slice only.
@@ -239,8 +250,12 @@ class Slice:
         return _files.write(path, "slice", self._words, {"graph": self.graph.to_json()})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Slice:
+    def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Slice:
         """Reads what ``save`` wrote.
+
+        Args:
+            path: the file.
+            model: the model that it is for; refused here if the slice is of another one.
 
         Raises:
             FileNotFoundError, ValueError: naming the file and what is wrong with it.
@@ -252,19 +267,10 @@ class Slice:
                 graph, {s.name: bitset_unpack(tensors[s.name], s.neurons) for s in graph.sites}
             )
 
-        return _files.read(path, "slice", build)
-
-
-def _select_hook(
-    dim: int, keep: Tensor
-) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]:
-    def hook(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        x = args[0] if args else kwargs["input"]
-        shape = [1] * x.ndim
-        shape[dim] = -1
-        selected = torch.where(keep.view(shape), x, x.new_zeros(()))
-        return ((selected, *args[1:]), kwargs) if args else (args, {**kwargs, "input": selected})
-
-    return hook
+        found = _files.read(path, "slice", build)
+        if model is not None:
+            try:
+                found.check_model(model)
+            except ValueError as error:
+                raise ValueError(f"{Path(path)}: {error}") from error
+        return found
