@@ -244,8 +244,9 @@ def class_stats_many_(
                 f"class_stats_many_: site {i}: the state must hold {list(held[0])} as that of "
                 f"site 0, got {list(names)}"
             )
+    present = held[0] if held else ()
     planes = [
-        [plane for state in states if (plane := getattr(state, name)) is not None]
+        [getattr(state, name) for state in states] if name in present else []
         for name in ("count", "positions", "nonfinite", *STATISTICS)
     ]
     torch.ops.neusemslice.class_stats_many_(
