@@ -1,6 +1,6 @@
 #pragma once
 
-// A batch by class as the kernels of class_stats_ and contribution_ see it on the device.
+// A batch by class as the kernel of contribution_ sees it on the device.
 
 #include <cstdint>
 
@@ -35,20 +35,16 @@ struct DeviceSamples {
     return total;
   }
 
-  // Raises the counts of class k, once all of its neurons were merged. Where `pooled`, a sample is
-  // one position.
-  __device__ void raise_counts(const ClassState& state, int64_t k, bool pooled) const {
-    double total = 0, total_positions = 0;
+  // Raises the counts of class k, once all of its neurons were merged; a sample is one position.
+  __device__ void raise_counts(const ClassState& state, int64_t k) const {
+    double total = 0;
     for (int64_t i = offsets[k]; i < offsets[k + 1]; ++i) {
       const double w = weight_of(i);
       if (w == 0) continue;
-      const int64_t real = real_positions(order[i]);
-      if (real == 0) continue;
-      total += w;
-      total_positions += pooled ? w : w * static_cast<double>(real);
+      if (real_positions(order[i]) > 0) total += w;
     }
     state.count[k] += total;
-    state.positions[k] += total_positions;
+    state.positions[k] += total;
   }
 };
 

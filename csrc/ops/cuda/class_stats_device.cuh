@@ -52,7 +52,7 @@ class ClassStatsLaunch {
     // A class of several chunks has more than kChunkRows entries, and so at least half a chunk in
     // each of them.
     const int64_t slots = batch.entries / (kChunkRows / 2);
-    const int64_t splits = batch.entries / (kChunkRows + 1);
+    const int64_t splits = std::min(batch.classes, batch.entries / (kChunkRows + 1));
     batch_ = {
         batch.order,
         batch.offsets,

@@ -121,12 +121,11 @@ void class_stats_many_cuda(at::TensorList counts, at::TensorList positions,
                            at::TensorList xs, const at::Tensor& order, const at::Tensor& offsets,
                            const OptionalTensor& share, const OptionalTensor& weight,
                            const OptionalTensors& masks, at::IntArrayRef neuron_dims) {
-  // Copies that a site's x may need are made on its device.
-  const c10::cuda::CUDAGuard guard(order.device());
   const std::vector<ClassSite> sites =
       checked_sites(counts, positions, nonfinites, means, m2s, mean_abs, maxs, actives, xs, order,
                     offsets, share, weight, masks, neuron_dims);
   if (sites.empty()) return;
+  const c10::cuda::CUDAGuard guard(counts[0].device());
   if (order.size(0) > 0 && offsets.size(0) > 1) {
     std::vector<cuda::SiteInput> inputs;
     for (const ClassSite& site : sites) inputs.push_back(site_input(site.state, site.batch));

@@ -61,7 +61,7 @@ __global__ void contribution_kernel(ClassState state, DeviceContribution<x_t, g_
 
 static __global__ void raise_sample_counts_kernel(ClassState state, DeviceSamples samples) {
   const int64_t k = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (k < state.num_classes) samples.raise_counts(state, k, /*pooled=*/true);
+  if (k < state.num_classes) samples.raise_counts(state, k);
 }
 
 }  // namespace neusemslice::cuda

@@ -18,52 +18,13 @@
 #include "common/optimizer_math.h"
 #include "ops/checks.h"
 #include "ops/cuda/launch.cuh"
+#include "ops/cuda/masked_optim.cuh"
 #include "ops/masked_optim.h"
 
 namespace neusemslice::ops {
 namespace {
 
 constexpr int kThreads = 256;
-
-template <typename Rule>
-__global__ void begin_rows_kernel(Rule rule, StepScalars scalars, const int64_t* __restrict__ rows,
-                                  int64_t count, int64_t dimension, float* __restrict__ steps,
-                                  typename Rule::Row* __restrict__ begun) {
-  const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (r >= count || rows[r] < 0 || rows[r] >= dimension || scalars.skipped()) return;
-  begun[r] = rule.row(scalars.lr(), steps ? steps[r] : 0);
-  if (steps) steps[r] += 1;
-}
-
-template <typename scalar_t, typename T>
-__global__ void sgd_kernel(Sgd<T> rule, StepScalars scalars, TunedRows where, int64_t elements,
-                           const typename Sgd<T>::Row* __restrict__ rows,
-                           scalar_t* __restrict__ param, const scalar_t* __restrict__ grad,
-                           T* __restrict__ buffer) {
-  const int64_t s = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (s >= elements || scalars.skipped()) return;
-  const TunedRows::Place at = where.along(where.line(s / where.width), s % where.width);
-  if (at.row < 0) return;
-  param[at.param] = static_cast<scalar_t>(
-      rule.step(rows[at.row], static_cast<T>(param[at.param]), static_cast<T>(grad[at.grad]),
-                static_cast<T>(scalars.scale()), buffer ? buffer + s : nullptr));
-}
-
-template <typename scalar_t, typename T>
-__global__ void adamw_kernel(Adamw<T> rule, StepScalars scalars, TunedRows where, int64_t elements,
-                             const typename Adamw<T>::Row* __restrict__ rows,
-                             scalar_t* __restrict__ param, const scalar_t* __restrict__ grad,
-                             T* __restrict__ exp_avg, T* __restrict__ exp_avg_sq,
-                             T* __restrict__ max_exp_avg_sq) {
-  const int64_t s = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (s >= elements || scalars.skipped()) return;
-  const TunedRows::Place at = where.along(where.line(s / where.width), s % where.width);
-  if (at.row < 0) return;
-  param[at.param] = static_cast<scalar_t>(
-      rule.step(rows[at.row], static_cast<T>(param[at.param]), static_cast<T>(grad[at.grad]),
-                static_cast<T>(scalars.scale()), exp_avg + s, exp_avg_sq + s,
-                max_exp_avg_sq ? max_exp_avg_sq + s : nullptr));
-}
 
 // Room for the rows' shares of the arithmetic, as bytes; it comes from the caching allocator, so
 // that it lives until the kernels on this stream have read it.
@@ -72,9 +33,10 @@ at::Tensor begin_rows(const Rule& rule, const TunedTensor& t, const StepScalars&
   const int64_t count = t.rows.numel();
   at::Tensor begun = at::empty({count * static_cast<int64_t>(sizeof(typename Rule::Row))},
                                t.rows.options().dtype(at::kByte));
-  cuda::launch("begin_rows_kernel", &begin_rows_kernel<Rule>, {cuda::blocks_for(count, kThreads)},
-               kThreads, rule, scalars, t.rows.const_data_ptr<int64_t>(), count, t.dimension,
-               t.step_counts(), reinterpret_cast<typename Rule::Row*>(begun.mutable_data_ptr()));
+  cuda::launch("begin_rows_kernel", &cuda::begin_rows_kernel<Rule>,
+               {cuda::blocks_for(count, kThreads)}, kThreads, rule, scalars,
+               t.rows.const_data_ptr<int64_t>(), count, t.dimension, t.step_counts(),
+               reinterpret_cast<typename Rule::Row*>(begun.mutable_data_ptr()));
   return begun;
 }
 
@@ -83,9 +45,9 @@ void sgd_tensor(const TunedTensor& t, const StepScalars& scalars,
                 const Sgd<at::opmath_type<scalar_t>>& rule) {
   using T = at::opmath_type<scalar_t>;
   const at::Tensor begun = begin_rows(rule, t, scalars);
-  cuda::launch("sgd_kernel", &sgd_kernel<scalar_t, T>, {cuda::blocks_for(t.elements, kThreads)},
-               kThreads, rule, scalars, t.where, t.elements,
-               static_cast<const typename Sgd<T>::Row*>(begun.const_data_ptr()),
+  cuda::launch("sgd_kernel", &cuda::sgd_kernel<scalar_t, T>,
+               {cuda::blocks_for(t.elements, kThreads)}, kThreads, rule, scalars, t.where,
+               t.elements, static_cast<const typename Sgd<T>::Row*>(begun.const_data_ptr()),
                t.param.mutable_data_ptr<scalar_t>(), t.grad.const_data_ptr<scalar_t>(),
                t.state<T>(0));
 }
@@ -95,9 +57,9 @@ void adamw_tensor(const TunedTensor& t, const StepScalars& scalars,
                   const Adamw<at::opmath_type<scalar_t>>& rule) {
   using T = at::opmath_type<scalar_t>;
   const at::Tensor begun = begin_rows(rule, t, scalars);
-  cuda::launch("adamw_kernel", &adamw_kernel<scalar_t, T>, {cuda::blocks_for(t.elements, kThreads)},
-               kThreads, rule, scalars, t.where, t.elements,
-               static_cast<const typename Adamw<T>::Row*>(begun.const_data_ptr()),
+  cuda::launch("adamw_kernel", &cuda::adamw_kernel<scalar_t, T>,
+               {cuda::blocks_for(t.elements, kThreads)}, kThreads, rule, scalars, t.where,
+               t.elements, static_cast<const typename Adamw<T>::Row*>(begun.const_data_ptr()),
                t.param.mutable_data_ptr<scalar_t>(), t.grad.const_data_ptr<scalar_t>(),
                t.state<T>(0), t.state<T>(1), t.state<T>(2));
 }

@@ -32,6 +32,7 @@
 #include "common/similarity.h"
 #include "ops/checks.h"
 #include "ops/cuda/launch.cuh"
+#include "ops/cuda/similarity.cuh"
 #include "ops/similarity.h"
 
 namespace neusemslice::ops {
@@ -39,121 +40,6 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int64_t kTile = 4096;  // rows and columns of a tile: enough work for the device
-
-// Packed sets as the device sees them.
-struct DeviceSets {
-  const int64_t* a;
-  const int64_t* b;
-  const int64_t* a_sizes;
-  const int64_t* b_sizes;
-  int64_t words;
-  int64_t cols;
-  SetMetric metric;
-  bool self;
-
-  __device__ int64_t common(int64_t r, int64_t c) const {
-    return common_size(a + r * words, b + c * words, words);
-  }
-};
-
-__global__ void pack_kernel(const bool* __restrict__ bits, int64_t size, int64_t words_per_row,
-                            int64_t total, int64_t* __restrict__ words) {
-  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (i >= total) return;
-  const int64_t first = i % words_per_row * kWordBits;
-  const int64_t left = size - first;
-  words[i] =
-      pack_word(bits + i / words_per_row * size + first, left < kWordBits ? left : kWordBits);
-}
-
-__global__ void set_sizes_kernel(const int64_t* __restrict__ sets, int64_t rows, int64_t words,
-                                 int64_t* __restrict__ sizes) {
-  const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (r < rows) sizes[r] = set_size(sets + r * words, words);
-}
-
-__global__ void set_similarity_kernel(DeviceSets sets, Tile tile, float* __restrict__ out) {
-  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (j >= tile.cols) return;
-  const int64_t c = tile.col + j;
-  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
-    const int64_t r = tile.row + i;
-    if (sets.self && c < r) continue;
-    const int64_t common = sets.common(r, c);
-    const int64_t size_r = sets.a_sizes[r];
-    const int64_t size_c = sets.b_sizes[c];
-    out[r * sets.cols + c] =
-        static_cast<float>(set_similarity(sets.metric, common, size_r, size_c));
-    if (sets.self) {
-      out[c * sets.cols + r] =
-          static_cast<float>(set_similarity(sets.metric, common, size_c, size_r));
-    }
-  }
-}
-
-__global__ void set_edges_kernel(DeviceSets sets, Tile tile, Pairs pairs, double threshold,
-                                 float* __restrict__ values, bool* __restrict__ is_edge) {
-  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (j >= tile.cols) return;
-  const int64_t c = tile.col + j;
-  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
-    const int64_t r = tile.row + i;
-    double value = 0;
-    bool found = false;
-    if (is_included(pairs, r, c)) {
-      value = set_similarity(sets.metric, sets.common(r, c), sets.a_sizes[r], sets.b_sizes[c]);
-      found = value >= threshold;
-    }
-    values[i * tile.cols + j] = static_cast<float>(value);
-    is_edge[i * tile.cols + j] = found;
-  }
-}
-
-template <typename scalar_t, typename value_t>
-__global__ void unit_rows_kernel(const scalar_t* __restrict__ x, int64_t rows, int64_t size,
-                                 int64_t stride_r, int64_t stride_d, bool centre,
-                                 value_t* __restrict__ unit) {
-  const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (r >= rows) return;
-  const scalar_t* row = x + r * stride_r;
-  const UnitMap map = unit_map(row, stride_d, size, centre);
-  for (int64_t d = 0; d < size; ++d) {
-    unit[r * size + d] = static_cast<value_t>(map(static_cast<double>(row[d * stride_d])));
-  }
-}
-
-template <typename value_t>
-__global__ void similarity_kernel(const value_t* __restrict__ product, Tile tile, bool self,
-                                  int64_t cols, value_t* __restrict__ out) {
-  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (j >= tile.cols) return;
-  const int64_t c = tile.col + j;
-  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
-    const int64_t r = tile.row + i;
-    if (self && c < r) continue;
-    value_t value = clamp_similarity(product[i * tile.cols + j]);
-    if (self) {
-      if (c == r) value = self_similarity(value);
-      out[c * cols + r] = value;
-    }
-    out[r * cols + c] = value;
-  }
-}
-
-// Clamps the products in place and marks those that are edges.
-template <typename value_t>
-__global__ void edges_kernel(value_t* __restrict__ values, Tile tile, Pairs pairs, double threshold,
-                             bool* __restrict__ is_edge) {
-  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (j >= tile.cols) return;
-  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
-    const int64_t at = i * tile.cols + j;
-    const value_t value = clamp_similarity(values[at]);
-    values[at] = value;
-    is_edge[at] =
-        is_included(pairs, tile.row + i, tile.col + j) && static_cast<double>(value) >= threshold;
-  }
-}
 
 cuda::Grid tile_grid(const Tile& tile) {
   return {cuda::blocks_for(tile.cols, kThreads), std::min(tile.rows, cuda::kMaxGridY)};
@@ -226,7 +112,7 @@ at::Tensor bitset_pack_cuda(const at::Tensor& bits) {
   const PackWork work = checked_bits(bits);
   const int64_t total = work.words.numel();
   if (total == 0) return work.words;
-  cuda::launch("pack_kernel", &pack_kernel, {cuda::blocks_for(total, kThreads)}, kThreads,
+  cuda::launch("pack_kernel", &cuda::pack_kernel, {cuda::blocks_for(total, kThreads)}, kThreads,
                work.bits.const_data_ptr<bool>(), work.size, work.words_per_row, total,
                work.words.mutable_data_ptr<int64_t>());
   return work.words;
@@ -234,13 +120,15 @@ at::Tensor bitset_pack_cuda(const at::Tensor& bits) {
 
 at::Tensor set_sizes(const at::Tensor& sets) {
   at::Tensor sizes = at::empty({sets.size(0)}, sets.options());
-  cuda::launch("set_sizes_kernel", &set_sizes_kernel, {cuda::blocks_for(sets.size(0), kThreads)},
-               kThreads, sets.const_data_ptr<int64_t>(), sets.size(0), sets.size(1),
-               sizes.mutable_data_ptr<int64_t>());
+  cuda::launch("set_sizes_kernel", &cuda::set_sizes_kernel,
+               {cuda::blocks_for(sets.size(0), kThreads)}, kThreads, sets.const_data_ptr<int64_t>(),
+               sets.size(0), sets.size(1), sizes.mutable_data_ptr<int64_t>());
   return sizes;
 }
 
-DeviceSets on_device(const Sets& sets, const at::Tensor& a_sizes, const at::Tensor& b_sizes) {
+cuda::PairTile on_device(const Tile& tile) { return {tile.row, tile.col, tile.rows, tile.cols}; }
+
+cuda::DeviceSets on_device(const Sets& sets, const at::Tensor& a_sizes, const at::Tensor& b_sizes) {
   return {
       sets.a.const_data_ptr<int64_t>(),
       sets.b.const_data_ptr<int64_t>(),
@@ -260,11 +148,11 @@ at::Tensor bitset_similarity_cuda(const at::Tensor& a, const OptionalTensor& b,
   at::Tensor out = at::empty({sets.rows, sets.cols}, sets.a.options().dtype(at::kFloat));
   const at::Tensor a_sizes = set_sizes(sets.a);
   const at::Tensor b_sizes = sets.self ? a_sizes : set_sizes(sets.b);
-  const DeviceSets device = on_device(sets, a_sizes, b_sizes);
+  const cuda::DeviceSets device = on_device(sets, a_sizes, b_sizes);
   float* result = out.mutable_data_ptr<float>();
   for_each_tile(sets.rows, sets.cols, kTile, sets.self, [&](const Tile& tile) {
-    cuda::launch("set_similarity_kernel", &set_similarity_kernel, tile_grid(tile), kThreads, device,
-                 tile, result);
+    cuda::launch("set_similarity_kernel", &cuda::set_similarity_kernel, tile_grid(tile), kThreads,
+                 device, on_device(tile), result);
   });
   return out;
 }
@@ -277,15 +165,15 @@ EdgeTensors bitset_similarity_edges_cuda(const at::Tensor& a, const OptionalTens
   check_threshold(op, threshold);
   const at::Tensor a_sizes = set_sizes(sets.a);
   const at::Tensor b_sizes = sets.self ? a_sizes : set_sizes(sets.b);
-  const DeviceSets device = on_device(sets, a_sizes, b_sizes);
+  const cuda::DeviceSets device = on_device(sets, a_sizes, b_sizes);
   const Pairs pairs = sets.pairs();
   const at::TensorOptions options = sets.a.options().dtype(at::kFloat);
   EdgeCollector edges(options);
   for_each_tile(sets.rows, sets.cols, kTile, pairs == Pairs::upper, [&](const Tile& tile) {
     at::Tensor values = at::empty({tile.rows, tile.cols}, options);
     at::Tensor is_edge = at::empty({tile.rows, tile.cols}, options.dtype(at::kBool));
-    cuda::launch("set_edges_kernel", &set_edges_kernel, tile_grid(tile), kThreads, device, tile,
-                 pairs, threshold, values.mutable_data_ptr<float>(),
+    cuda::launch("set_edges_kernel", &cuda::set_edges_kernel, tile_grid(tile), kThreads, device,
+                 on_device(tile), pairs, threshold, values.mutable_data_ptr<float>(),
                  is_edge.mutable_data_ptr<bool>());
     edges.add(tile, values, is_edge);
   });
@@ -300,13 +188,13 @@ NeighbourTensors bitset_similarity_topk_cuda(const at::Tensor& a, const Optional
   check_k(op, k);
   const at::Tensor a_sizes = set_sizes(sets.a);
   const at::Tensor b_sizes = sets.self ? a_sizes : set_sizes(sets.b);
-  const DeviceSets device = on_device(sets, a_sizes, b_sizes);
+  const cuda::DeviceSets device = on_device(sets, a_sizes, b_sizes);
   const at::TensorOptions options = sets.a.options().dtype(at::kFloat);
   return find_nearest(sets.rows, sets.cols, k, sets.self, options, [&](const Tile& tile) {
     at::Tensor values = at::empty({tile.rows, tile.cols}, options);
     at::Tensor is_edge = at::empty({tile.rows, tile.cols}, options.dtype(at::kBool));
-    cuda::launch("set_edges_kernel", &set_edges_kernel, tile_grid(tile), kThreads, device, tile,
-                 Pairs::all, 0.0, values.mutable_data_ptr<float>(),
+    cuda::launch("set_edges_kernel", &cuda::set_edges_kernel, tile_grid(tile), kThreads, device,
+                 on_device(tile), Pairs::all, 0.0, values.mutable_data_ptr<float>(),
                  is_edge.mutable_data_ptr<bool>());
     return values;
   });
@@ -317,7 +205,7 @@ at::Tensor unit_rows(const at::Tensor& x, bool centre, at::ScalarType type) {
   at::Tensor out = at::empty({x.size(0), x.size(1)}, x.options().dtype(type));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "unit_rows", [&] {
     using value_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    cuda::launch("unit_rows_kernel", &unit_rows_kernel<scalar_t, value_t>,
+    cuda::launch("unit_rows_kernel", &cuda::unit_rows_kernel<scalar_t, value_t>,
                  {cuda::blocks_for(x.size(0), kThreads)}, kThreads, x.const_data_ptr<scalar_t>(),
                  x.size(0), x.size(1), x.stride(0), x.stride(1), centre,
                  out.mutable_data_ptr<value_t>());
@@ -350,8 +238,8 @@ at::Tensor pairwise_similarity_cuda(const at::Tensor& a, const OptionalTensor& b
   AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "pairwise_similarity", [&] {
     for_each_tile(v.rows, v.cols, kTile, v.self, [&](const Tile& tile) {
       const at::Tensor product = unit.product(tile);
-      cuda::launch("similarity_kernel", &similarity_kernel<scalar_t>, tile_grid(tile), kThreads,
-                   product.const_data_ptr<scalar_t>(), tile, v.self, v.cols,
+      cuda::launch("similarity_kernel", &cuda::similarity_kernel<scalar_t>, tile_grid(tile),
+                   kThreads, product.const_data_ptr<scalar_t>(), on_device(tile), v.self, v.cols,
                    out.mutable_data_ptr<scalar_t>());
     });
   });
@@ -370,8 +258,8 @@ EdgeTensors pairwise_similarity_edges_cuda(const at::Tensor& a, const OptionalTe
     for_each_tile(v.rows, v.cols, kTile, v.self, [&](const Tile& tile) {
       const at::Tensor values = unit.product(tile);
       at::Tensor is_edge = at::empty({tile.rows, tile.cols}, values.options().dtype(at::kBool));
-      cuda::launch("edges_kernel", &edges_kernel<scalar_t>, tile_grid(tile), kThreads,
-                   values.mutable_data_ptr<scalar_t>(), tile, v.pairs(), threshold,
+      cuda::launch("edges_kernel", &cuda::edges_kernel<scalar_t>, tile_grid(tile), kThreads,
+                   values.mutable_data_ptr<scalar_t>(), on_device(tile), v.pairs(), threshold,
                    is_edge.mutable_data_ptr<bool>());
       edges.add(tile, values, is_edge);
     });

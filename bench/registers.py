@@ -1,0 +1,126 @@
+"""Registers, spills and shared memory of every CUDA kernel, as the compiler reports them.
+
+python -m bench.registers [build/cmake]     after: cmake --build build/cmake --target cuda_check
+
+Reads what ``nvcc -Xptxas -v`` said of each source and writes bench/results/ptxas-sm_90.md and
+.json; fails if a kernel spills. The last line is one JSON object: kernels, and the most registers
+and bytes of spills that one of them has.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from bench.report import Column, Result, Section, Target
+
+ARCHITECTURE = "sm_90"
+COLUMNS = (
+    Column("registers", "registers", "number"),
+    Column("spills", "spilled bytes", "number"),
+    Column("stack", "stack bytes", "number"),
+    Column("shared", "shared bytes", "number"),
+)
+_ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
+_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+
+
+@dataclass
+class Usage:
+    """What one kernel takes on one architecture; sizes in bytes."""
+
+    name: str
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+
+
+def usages(log: str, architecture: str) -> list[Usage]:
+    """The kernels that a log of ``ptxas -v`` lists for an architecture, under their mangled names.
+
+    Raises:
+        ValueError: if the log says of a kernel less than is asked.
+    """
+    found = []
+    entries = list(_ENTRY.finditer(log))
+    for entry, following in zip(entries, [*entries[1:], None], strict=True):
+        if entry[2] != architecture:
+            continue
+        text = log[entry.end() : following.start() if following else len(log)]
+        stack, used = _STACK.search(text), _USED.search(text)
+        if not stack or not used:
+            raise ValueError(f"registers: the log does not say what {entry[1]} uses")
+        spills = int(stack[2]) + int(stack[3])
+        found.append(Usage(entry[1], int(used[1]), spills, int(stack[1]), int(used[2] or 0)))
+    return found
+
+
+def readable(names: list[str]) -> list[str]:
+    """Demangled, without namespaces and parameters; as they are, where there is no c++filt."""
+    tool = shutil.which("c++filt")
+    if not tool or not names:
+        return names
+    out = subprocess.run(
+        [tool], input="\n".join(names), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    return [_short(name) for name in out]
+
+
+def _short(name: str) -> str:
+    plain = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", name).removeprefix("void ")
+    return re.sub(r"\(.*", "", plain)
+
+
+def section(logs: dict[str, str], architecture: str) -> Section:
+    """One row for each kernel; ``logs`` by the name of the source."""
+    results = []
+    for source, log in logs.items():
+        found = usages(log, architecture)
+        for usage, name in zip(found, readable([u.name for u in found]), strict=True):
+            values = {
+                "registers": usage.registers,
+                "spills": usage.spills,
+                "stack": usage.stack,
+                "shared": usage.shared,
+            }
+            results.append(Result(f"{source}: {name}", values))
+    results.sort(key=lambda result: result.name)
+    note = "A thread's registers and a block's static shared memory."
+    return Section("ptxas", f"Kernels on {architecture}", note, COLUMNS, results)
+
+
+def _compiler() -> str:
+    out = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release ([\d.]+)", out)
+    return f"nvcc {found[1] if found else 'of unknown version'}"
+
+
+def main(arguments: list[str]) -> int:
+    build = Path(arguments[0] if arguments else "build/cmake")
+    logs = {path.stem: path.read_text() for path in sorted(build.glob("cuda_check/*.ptxas"))}
+    if not logs:
+        print(f"registers: no logs in {build}/cuda_check; build its target cuda_check first")
+        return 1
+    found = section(logs, ARCHITECTURE)
+    found.show(Console())
+    compiler = _compiler()
+    about = {"architecture": ARCHITECTURE, "compiler": compiler}
+    heading, note = f"{compiler} for {ARCHITECTURE}", "What the compiler reports of each kernel."
+    page = found.write(Target(f"ptxas-{ARCHITECTURE}", heading, note, compiler, about))
+    print(f"written to {page}")
+    most = {key: max(r.values[key] for r in found.results) for key in ("registers", "spills")}
+    print(json.dumps({"kernels": len(found.results), **most}))
+    return 1 if most["spills"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,139 @@
+#pragma once
+
+// Device code of the similarity operators, free of torch: a thread owns one word, one row or one
+// pair.
+
+#include <cstdint>
+
+#include "common/similarity.h"
+#include "ops/cuda/device.cuh"
+
+namespace neusemslice::cuda {
+
+// A rectangle of the matrix of pairs.
+struct PairTile {
+  int64_t row;
+  int64_t col;
+  int64_t rows;
+  int64_t cols;
+};
+
+// Packed sets as the device sees them.
+struct DeviceSets {
+  const int64_t* a;
+  const int64_t* b;
+  const int64_t* a_sizes;
+  const int64_t* b_sizes;
+  int64_t words;
+  int64_t cols;
+  SetMetric metric;
+  bool self;
+
+  __device__ int64_t common(int64_t r, int64_t c) const {
+    return common_size(a + r * words, b + c * words, words);
+  }
+};
+
+static __global__ void pack_kernel(const bool* __restrict__ bits, int64_t size,
+                                   int64_t words_per_row, int64_t total,
+                                   int64_t* __restrict__ words) {
+  const int64_t i = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (i >= total) return;
+  const int64_t first = i % words_per_row * kWordBits;
+  const int64_t left = size - first;
+  words[i] =
+      pack_word(bits + i / words_per_row * size + first, left < kWordBits ? left : kWordBits);
+}
+
+static __global__ void set_sizes_kernel(const int64_t* __restrict__ sets, int64_t rows,
+                                        int64_t words, int64_t* __restrict__ sizes) {
+  const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (r < rows) sizes[r] = set_size(sets + r * words, words);
+}
+
+static __global__ void set_similarity_kernel(DeviceSets sets, PairTile tile,
+                                             float* __restrict__ out) {
+  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (j >= tile.cols) return;
+  const int64_t c = tile.col + j;
+  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
+    const int64_t r = tile.row + i;
+    if (sets.self && c < r) continue;
+    const int64_t common = sets.common(r, c);
+    const int64_t size_r = sets.a_sizes[r];
+    const int64_t size_c = sets.b_sizes[c];
+    out[r * sets.cols + c] =
+        static_cast<float>(set_similarity(sets.metric, common, size_r, size_c));
+    if (sets.self) {
+      out[c * sets.cols + r] =
+          static_cast<float>(set_similarity(sets.metric, common, size_c, size_r));
+    }
+  }
+}
+
+static __global__ void set_edges_kernel(DeviceSets sets, PairTile tile, Pairs pairs,
+                                        double threshold, float* __restrict__ values,
+                                        bool* __restrict__ is_edge) {
+  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (j >= tile.cols) return;
+  const int64_t c = tile.col + j;
+  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
+    const int64_t r = tile.row + i;
+    double value = 0;
+    bool found = false;
+    if (is_included(pairs, r, c)) {
+      value = set_similarity(sets.metric, sets.common(r, c), sets.a_sizes[r], sets.b_sizes[c]);
+      found = value >= threshold;
+    }
+    values[i * tile.cols + j] = static_cast<float>(value);
+    is_edge[i * tile.cols + j] = found;
+  }
+}
+
+template <typename scalar_t, typename value_t>
+__global__ void unit_rows_kernel(const scalar_t* __restrict__ x, int64_t rows, int64_t size,
+                                 int64_t stride_r, int64_t stride_d, bool centre,
+                                 value_t* __restrict__ unit) {
+  const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (r >= rows) return;
+  const scalar_t* row = x + r * stride_r;
+  const UnitMap map = unit_map(row, stride_d, size, centre);
+  for (int64_t d = 0; d < size; ++d) {
+    unit[r * size + d] = static_cast<value_t>(map(static_cast<double>(row[d * stride_d])));
+  }
+}
+
+template <typename value_t>
+__global__ void similarity_kernel(const value_t* __restrict__ product, PairTile tile, bool self,
+                                  int64_t cols, value_t* __restrict__ out) {
+  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (j >= tile.cols) return;
+  const int64_t c = tile.col + j;
+  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
+    const int64_t r = tile.row + i;
+    if (self && c < r) continue;
+    value_t value = clamp_similarity(product[i * tile.cols + j]);
+    if (self) {
+      if (c == r) value = self_similarity(value);
+      out[c * cols + r] = value;
+    }
+    out[r * cols + c] = value;
+  }
+}
+
+// Clamps the products in place and marks those that are edges.
+template <typename value_t>
+__global__ void edges_kernel(value_t* __restrict__ values, PairTile tile, Pairs pairs,
+                             double threshold, bool* __restrict__ is_edge) {
+  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  if (j >= tile.cols) return;
+  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
+    const int64_t at = i * tile.cols + j;
+    const value_t value = clamp_similarity(values[at]);
+    values[at] = value;
+    is_edge[at] =
+        is_included(pairs, tile.row + i, tile.col + j) && static_cast<double>(value) >= threshold;
+  }
+}
+
+}  // namespace neusemslice::cuda
