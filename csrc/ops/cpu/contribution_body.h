@@ -14,10 +14,10 @@ class Accumulator {
         g_(job.g),
         pooled_(job_.positions > 1),
         rows_(job_.x.stride_c == 1 && g_.stride_c == 1),
-        planes_(job_.x.stride_p == 1 && g_.stride_p == 1) {}
+        planes_(pooled_ && job_.x.stride_p == 1 && g_.stride_p == 1) {}
 
   void run(const Block& block) {
-    const int64_t whole = rows_ ? (block.last - block.first) / kStep : 0;
+    const int64_t whole = rows_ || planes_ ? (block.last - block.first) / kStep : 0;
     for (int64_t k = job_.next_class(block.first_class); k < block.last_class; k = next_) {
       next_ = job_.next_class(k + 1);
       factors_ = factors_of(k);
@@ -54,7 +54,7 @@ class Accumulator {
             static_cast<float>(weight / (job_.state.positions[k] + weight))};
   }
 
-  // Whole steps of one class, whose neurons lie side by side.
+  // Whole steps of one class, whose neurons or positions lie side by side.
   void add_chunk(int64_t k, int64_t c, int64_t steps) {
     const int64_t begin = job_.offsets[k], count = job_.offsets[k + 1] - begin;
     for (int64_t s = 0; s < steps; ++s) class_[s].clear();
@@ -63,7 +63,18 @@ class Accumulator {
     const auto sample = [&](int64_t i) -> const Sample& {
       return job_.samples[begin + std::min(i, all - 1)];
     };
-    if (pooled_) {
+    if (planes_) {
+      for (int64_t n = 0; n < count; ++n) {
+        const Sample &here = sample(n), &following = sample(n + 1);
+        for (int64_t s = 0; s < steps; ++s) {
+          const int64_t neuron = c + s * kStep;
+          const bool more = s + 1 < steps;
+          gather_planes<false>(here, neuron, kStep, more ? here : following,
+                               more ? neuron + kStep : c, part_[s]);
+        }
+        for (int64_t s = 0; s < steps; ++s) fold(here, part_[s], class_[s]);
+      }
+    } else if (pooled_) {
       for (int64_t n = 0; n < count; ++n) {
         const Sample &here = sample(n), &following = sample(n + 1);
         const auto row = [&](int64_t p) {
@@ -104,7 +115,7 @@ class Accumulator {
       const Sample& sample = job_.samples[n];
       part.clear();
       if (planes_) {
-        gather_planes<Clean>(sample, c, width, job_.samples[std::min(n + 1, end - 1)], part);
+        gather_planes<Clean>(sample, c, width, job_.samples[std::min(n + 1, end - 1)], c, part);
       } else {
         const auto row = [&](int64_t p, int64_t neuron) { return row_at(sample, p, neuron); };
         gather_rows<Clean, false>(sample.positions, row, c, width, part);
@@ -149,10 +160,11 @@ class Accumulator {
     }
   }
 
-  // Each neuron's positions lie together, or are copied so that they do.
+  // Each neuron's positions lie together, or are copied so that they do. `following` and `neuron`
+  // are where the reader goes next.
   template <bool Clean>
   void gather_planes(const Sample& sample, int64_t c, int64_t width, const Sample& following,
-                     ProductSums& sums) {
+                     int64_t neuron, ProductSums& sums) {
     const int64_t positions = sample.positions;
     const bool copy = Clean || job_.kept;
     if (copy && x_plane_.size() < static_cast<size_t>(positions)) {
@@ -170,8 +182,9 @@ class Accumulator {
         continue;
       }
       const int64_t later = i + kPlanesAhead;
-      const Row<X, G> ahead = later < width ? row_at(sample, 0, c + later)
-                                            : row_at(following, 0, c + (later - width) % width);
+      const Row<X, G> ahead = later < width
+                                  ? row_at(sample, 0, c + later)
+                                  : row_at(following, 0, neuron + (later - width) % width);
       sums.sum[i] =
           dot_plane(x_at(sample, 0, c + i), g_at(sample, 0, c + i), positions, ahead.x, ahead.g);
     }
