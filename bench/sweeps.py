@@ -23,7 +23,7 @@ NOTE = (
     "ResNet-20 for 32 × 32 images, every site, fp32, evaluation mode. “added”: share of one "
     "forward pass and one backward pass that finds no weight gradients. Captum: one call per layer "
     "and class, on the class's samples. Hooks: one forward and one whole backward pass, products "
-    "in Python. MiB: what one sweep adds to a process's peak memory; of Captum, one call on the batch."
+    "in Python. MiB: what one sweep adds to a process's peak memory; of Captum, one call."
 )
 COLUMNS = (
     Column("batch", "batch", "number"),
