@@ -82,12 +82,16 @@ class Accumulator {
           return p < here.positions ? row_at(here, p, c) : row_at(following, beyond, c);
         };
         for (int64_t s = 0; s < steps; ++s) part_[s].clear();
-        add_all_rows<false, X, G>(here.positions, row, steps, part_);
+        add_all_rows<RowsOf::kPositions, X, G>(here.positions, row, steps, part_);
         for (int64_t s = 0; s < steps; ++s) fold(here, part_[s], class_[s]);
       }
     } else {
       const auto row = [&](int64_t i) { return row_at(sample(i), 0, c); };
-      add_all_rows<true, X, G>(count, row, steps, class_);
+      if (job_.weighted) {
+        add_all_rows<RowsOf::kWeightedSamples, X, G>(count, row, steps, class_);
+      } else {
+        add_all_rows<RowsOf::kSamples, X, G>(count, row, steps, class_);
+      }
     }
     for (int64_t s = 0; s < steps; ++s) finish(k, c + s * kStep, kStep, class_[s]);
   }
@@ -108,7 +112,7 @@ class Accumulator {
       const auto row = [&](int64_t i, int64_t neuron) {
         return row_at(job_.samples[begin + i], 0, neuron);
       };
-      return gather_rows<Clean, true>(end - begin, row, c, width, sums);
+      return gather_rows<Clean, RowsOf::kWeightedSamples>(end - begin, row, c, width, sums);
     }
     ProductSums part;
     for (int64_t n = begin; n < end; ++n) {
@@ -118,7 +122,7 @@ class Accumulator {
         gather_planes<Clean>(sample, c, width, job_.samples[std::min(n + 1, end - 1)], c, part);
       } else {
         const auto row = [&](int64_t p, int64_t neuron) { return row_at(sample, p, neuron); };
-        gather_rows<Clean, false>(sample.positions, row, c, width, part);
+        gather_rows<Clean, RowsOf::kPositions>(sample.positions, row, c, width, part);
       }
       fold(sample, part, sums);
     }
@@ -141,22 +145,22 @@ class Accumulator {
     g_copy = *g;
   }
 
-  template <bool Clean, bool Samples, typename F>
+  template <bool Clean, RowsOf Kind, typename F>
   void gather_rows(int64_t rows, const F& row, int64_t c, int64_t width, ProductSums& sums) const {
     X x_copies[2 * kGroup][kStep] = {};
     G g_copies[2 * kGroup][kStep] = {};
-    double factors[2 * kGroup] = {};
+    double weights[2 * kGroup] = {};
     for (int64_t i = 0; i < rows; i += kGroup) {
       const int64_t count = std::min<int64_t>(kGroup, rows - i);
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t j = 0; j < width; ++j) {
           const Row<X, G> from = row(i + r, c + j);
           take<Clean>(from.x, from.g, c + j, x_copies[r][j], g_copies[r][j]);
-          factors[r] = from.factor;
+          weights[r] = from.weight;
         }
       }
-      const auto copy = [&](int64_t r) { return Row<X, G>{x_copies[r], g_copies[r], factors[r]}; };
-      add_all_rows<Samples, X, G>(count, copy, 1, &sums);
+      const auto copy = [&](int64_t r) { return Row<X, G>{x_copies[r], g_copies[r], weights[r]}; };
+      add_all_rows<Kind, X, G>(count, copy, 1, &sums);
     }
   }
 
