@@ -25,6 +25,7 @@ test: build
 
 bench: build
 	$(BIN)/python -m bench.class_stats
+	$(BIN)/python -m bench.contribution
 	$(BIN)/python -m bench.profiler
 
 build: $(VENV)/.built

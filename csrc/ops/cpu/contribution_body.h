@@ -14,10 +14,10 @@ class Accumulator {
         g_(job.g),
         pooled_(job_.positions > 1),
         rows_(job_.x.stride_c == 1 && g_.stride_c == 1),
-        planes_(job_.x.stride_p == 1 && g_.stride_p == 1) {}
+        planes_(pooled_ && job_.x.stride_p == 1 && g_.stride_p == 1) {}
 
   void run(const Block& block) {
-    const int64_t whole = rows_ ? (block.last - block.first) / kStep : 0;
+    const int64_t whole = rows_ || planes_ ? (block.last - block.first) / kStep : 0;
     for (int64_t k = job_.next_class(block.first_class); k < block.last_class; k = next_) {
       next_ = job_.next_class(k + 1);
       factors_ = factors_of(k);
@@ -54,7 +54,7 @@ class Accumulator {
             static_cast<float>(weight / (job_.state.positions[k] + weight))};
   }
 
-  // Whole steps of one class, whose neurons lie side by side.
+  // Whole steps of one class, whose neurons or positions lie side by side.
   void add_chunk(int64_t k, int64_t c, int64_t steps) {
     const int64_t begin = job_.offsets[k], count = job_.offsets[k + 1] - begin;
     for (int64_t s = 0; s < steps; ++s) class_[s].clear();
@@ -63,7 +63,18 @@ class Accumulator {
     const auto sample = [&](int64_t i) -> const Sample& {
       return job_.samples[begin + std::min(i, all - 1)];
     };
-    if (pooled_) {
+    if (planes_) {
+      for (int64_t n = 0; n < count; ++n) {
+        const Sample &here = sample(n), &following = sample(n + 1);
+        for (int64_t s = 0; s < steps; ++s) {
+          const int64_t neuron = c + s * kStep;
+          const bool more = s + 1 < steps;
+          gather_planes<false>(here, neuron, kStep, more ? here : following,
+                               more ? neuron + kStep : c, part_[s]);
+        }
+        for (int64_t s = 0; s < steps; ++s) fold(here, part_[s], class_[s]);
+      }
+    } else if (pooled_) {
       for (int64_t n = 0; n < count; ++n) {
         const Sample &here = sample(n), &following = sample(n + 1);
         const auto row = [&](int64_t p) {
@@ -71,12 +82,16 @@ class Accumulator {
           return p < here.positions ? row_at(here, p, c) : row_at(following, beyond, c);
         };
         for (int64_t s = 0; s < steps; ++s) part_[s].clear();
-        add_all_rows<false, X, G>(here.positions, row, steps, part_);
+        add_all_rows<RowsOf::kPositions, X, G>(here.positions, row, steps, part_);
         for (int64_t s = 0; s < steps; ++s) fold(here, part_[s], class_[s]);
       }
     } else {
       const auto row = [&](int64_t i) { return row_at(sample(i), 0, c); };
-      add_all_rows<true, X, G>(count, row, steps, class_);
+      if (job_.weighted) {
+        add_all_rows<RowsOf::kWeightedSamples, X, G>(count, row, steps, class_);
+      } else {
+        add_all_rows<RowsOf::kSamples, X, G>(count, row, steps, class_);
+      }
     }
     for (int64_t s = 0; s < steps; ++s) finish(k, c + s * kStep, kStep, class_[s]);
   }
@@ -97,17 +112,17 @@ class Accumulator {
       const auto row = [&](int64_t i, int64_t neuron) {
         return row_at(job_.samples[begin + i], 0, neuron);
       };
-      return gather_rows<Clean, true>(end - begin, row, c, width, sums);
+      return gather_rows<Clean, RowsOf::kWeightedSamples>(end - begin, row, c, width, sums);
     }
     ProductSums part;
     for (int64_t n = begin; n < end; ++n) {
       const Sample& sample = job_.samples[n];
       part.clear();
       if (planes_) {
-        gather_planes<Clean>(sample, c, width, job_.samples[std::min(n + 1, end - 1)], part);
+        gather_planes<Clean>(sample, c, width, job_.samples[std::min(n + 1, end - 1)], c, part);
       } else {
         const auto row = [&](int64_t p, int64_t neuron) { return row_at(sample, p, neuron); };
-        gather_rows<Clean, false>(sample.positions, row, c, width, part);
+        gather_rows<Clean, RowsOf::kPositions>(sample.positions, row, c, width, part);
       }
       fold(sample, part, sums);
     }
@@ -130,29 +145,30 @@ class Accumulator {
     g_copy = *g;
   }
 
-  template <bool Clean, bool Samples, typename F>
+  template <bool Clean, RowsOf Kind, typename F>
   void gather_rows(int64_t rows, const F& row, int64_t c, int64_t width, ProductSums& sums) const {
     X x_copies[2 * kGroup][kStep] = {};
     G g_copies[2 * kGroup][kStep] = {};
-    double factors[2 * kGroup] = {};
+    double weights[2 * kGroup] = {};
     for (int64_t i = 0; i < rows; i += kGroup) {
       const int64_t count = std::min<int64_t>(kGroup, rows - i);
       for (int64_t r = 0; r < count; ++r) {
         for (int64_t j = 0; j < width; ++j) {
           const Row<X, G> from = row(i + r, c + j);
           take<Clean>(from.x, from.g, c + j, x_copies[r][j], g_copies[r][j]);
-          factors[r] = from.factor;
+          weights[r] = from.weight;
         }
       }
-      const auto copy = [&](int64_t r) { return Row<X, G>{x_copies[r], g_copies[r], factors[r]}; };
-      add_all_rows<Samples, X, G>(count, copy, 1, &sums);
+      const auto copy = [&](int64_t r) { return Row<X, G>{x_copies[r], g_copies[r], weights[r]}; };
+      add_all_rows<Kind, X, G>(count, copy, 1, &sums);
     }
   }
 
-  // Each neuron's positions lie together, or are copied so that they do.
+  // Each neuron's positions lie together, or are copied so that they do. `following` and `neuron`
+  // are where the reader goes next.
   template <bool Clean>
   void gather_planes(const Sample& sample, int64_t c, int64_t width, const Sample& following,
-                     ProductSums& sums) {
+                     int64_t neuron, ProductSums& sums) {
     const int64_t positions = sample.positions;
     const bool copy = Clean || job_.kept;
     if (copy && x_plane_.size() < static_cast<size_t>(positions)) {
@@ -170,8 +186,9 @@ class Accumulator {
         continue;
       }
       const int64_t later = i + kPlanesAhead;
-      const Row<X, G> ahead = later < width ? row_at(sample, 0, c + later)
-                                            : row_at(following, 0, c + (later - width) % width);
+      const Row<X, G> ahead = later < width
+                                  ? row_at(sample, 0, c + later)
+                                  : row_at(following, 0, neuron + (later - width) % width);
       sums.sum[i] =
           dot_plane(x_at(sample, 0, c + i), g_at(sample, 0, c + i), positions, ahead.x, ahead.g);
     }

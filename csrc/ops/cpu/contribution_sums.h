@@ -16,18 +16,36 @@ struct alignas(64) ProductSums {
   void clear() { *this = {}; }
 };
 
-// One row of each input, and what its products are multiplied by.
+// One row of each input, and the weight of its sample.
 template <typename X, typename G>
 struct Row {
   const X* x;
   const G* g;
-  double factor;
+  double weight;
 };
+
+// Sixteen elements in float64.
+template <typename T>
+NSS_INLINE Lanes<double> load_wide(const T* p) {
+#if NSS_LANE_BYTES == 64
+  if constexpr (std::is_same_v<T, float>) {
+    // Converted as they are read: no register is taken apart.
+    using Wide = Lanes<double>::Register;
+    Lanes<double> w;
+    NSS_EACH(2, w.r[i] = (Wide)_mm512_cvtps_pd(_mm256_loadu_ps(p + 8 * i)));
+    return w;
+  }
+#endif
+  return widen(load_lanes(p));
+}
 
 template <typename X, typename G>
 NSS_INLINE Lanes<double> products(const X* x, const G* g) {
-  return widen(load_lanes(x)) * widen(load_lanes(g));
+  return load_wide(x) * load_wide(g);
 }
+
+// What rows are: positions of one sample, whose absolute value is not known yet, or samples.
+enum class RowsOf { kPositions, kSamples, kWeightedSamples };
 
 // Asks for a row's lines that begin in a step.
 template <typename T>
@@ -41,9 +59,9 @@ NSS_INLINE void prefetch_step(const T* row, int64_t step) {
   }
 }
 
-// Adds R rows of `steps` times sixteen neurons to `sums`: each a sample, or each a position of one
-// sample, whose absolute value is not known yet. `next` is where the reader goes after them.
-template <bool Samples, int R, typename X, typename G>
+// Adds R rows of `steps` times sixteen neurons to `sums`. `next` is where the reader goes after
+// them.
+template <RowsOf Kind, int R, typename X, typename G>
 void add_rows(const Row<X, G>* rows, const Row<X, G>* next, int64_t steps, ProductSums* sums) {
   for (int64_t j = 0; j < steps; ++j, ++sums) {
     const bool same = j + kStepsAhead < steps;
@@ -57,29 +75,26 @@ void add_rows(const Row<X, G>* rows, const Row<X, G>* next, int64_t steps, Produ
     unrolled<R>([&](auto r) __attribute__((always_inline)) {
       constexpr bool kFirst = decltype(r)::value == 0;
       const Lanes<double> product = products(rows[r].x + j * kStep, rows[r].g + j * kStep);
-      if constexpr (Samples) {
-        const Lanes<double> part = product * rows[r].factor;
-        add<kFirst>(sum, part);
-        add<kFirst>(abs, part.magnitude());
-      } else {
-        add<kFirst>(sum, product);
-      }
+      const Lanes<double> part =
+          Kind == RowsOf::kWeightedSamples ? product * rows[r].weight : product;
+      add<kFirst>(sum, part);
+      if constexpr (Kind != RowsOf::kPositions) add<kFirst>(abs, part.magnitude());
     });
     add_to(sums->sum, sum);
-    if constexpr (Samples) add_to(sums->abs, abs);
+    if constexpr (Kind != RowsOf::kPositions) add_to(sums->abs, abs);
   }
 }
 
 // Adds rows [0, count) in groups. `row(i)` is row i; beyond `count` it is where the reader will go
 // next.
-template <bool Samples, typename X, typename G, typename F>
+template <RowsOf Kind, typename X, typename G, typename F>
 void add_all_rows(int64_t count, const F& row, int64_t steps, ProductSums* sums) {
   Row<X, G> rows[2 * kGroup];
   int64_t i = 0;
   const auto add = [&](auto group) {
     constexpr int kRows = decltype(group)::value;
     for (int r = 0; r < 2 * kRows; ++r) rows[r] = row(i + r);
-    add_rows<Samples, kRows>(rows, rows + kRows, steps, sums);
+    add_rows<Kind, kRows>(rows, rows + kRows, steps, sums);
     i += kRows;
   };
   while (i + 4 <= count) add(std::integral_constant<int, 4>{});
