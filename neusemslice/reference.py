@@ -194,6 +194,19 @@ def nearest(similarity: Tensor, k: int, *, own: bool) -> tuple[Tensor, Tensor]:
     )
 
 
+def unbiased_hsic(x: Tensor, y: Tensor) -> Tensor:
+    """HSIC_1 of Song et al. 2012 for linear kernels, float64, as its formula stands."""
+    n = len(x)
+    k, m = ((z.double() @ z.double().t()).fill_diagonal_(0) for z in (x, y))
+    between = k.sum() * m.sum() / ((n - 1) * (n - 2))
+    return ((k * m).sum() + between - 2 * (k @ m).sum() / (n - 2)) / (n * (n - 3))
+
+
+def cka(x: Tensor, y: Tensor) -> Tensor:
+    """Unbiased linear CKA of two layers' activations of the same samples ``[N, p]``, ``[N, q]``."""
+    return unbiased_hsic(x, y) / (unbiased_hsic(x, x) * unbiased_hsic(y, y)).sqrt()
+
+
 def _whole(compact: Tensor | None, shape: torch.Size, rows: Tensor, dim: int) -> Tensor:
     """A dense float64 tensor that holds `compact` in its tuned rows, and 0 elsewhere."""
     dense = torch.zeros(shape, dtype=torch.float64)
