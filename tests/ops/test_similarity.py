@@ -1,6 +1,8 @@
 """Set and row similarity, dense and as edges, against oracles, contracts and laws."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -465,6 +467,31 @@ class TestRows:
                     assert_same_edges(one_edges, edges)
                     nearest = ops.pairwise_similarity_topk(a, other, k=3)
                     assert all(map(same_bits, one_nearest, nearest))
+
+    @pytest.mark.slow
+    def test_neighbours_of_many_rows_within_a_gibibyte(self):
+        # The matrix of pairs would take 37 GiB. A process of its own, because the peak is its own.
+        code = """
+import resource
+import torch
+from neusemslice import ops
+x = torch.randn(100_000, 8).bfloat16()
+got = ops.pairwise_similarity_topk(x, k=4)
+some = torch.arange(0, 100_000, 9973)
+exact = torch.nn.functional.normalize(x[some].double()) @ torch.nn.functional.normalize(
+    x.double()
+).t()
+exact[torch.arange(len(some)), some] = -2
+torch.testing.assert_close(
+    got.values[some].double(), exact.topk(4).values, rtol=0, atol=2e-6
+)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+        ran = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert int(ran.stdout) < 2**20  # KiB
 
     def test_same_bits_twice_on_the_device(self, device):
         a = torch.randn(130, 70, device=device)
