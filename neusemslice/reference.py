@@ -153,9 +153,14 @@ def set_similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
 
 
 def pairwise_similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
-    """Float64 cosine or Pearson similarity of finite rows, pair by pair with exact sums."""
+    """Float64 similarity of finite rows, pair by pair with exact sums.
 
-    def unit(row: list[float]) -> list[float]:
+    The metric is cosine, pearson or dot.
+    """
+
+    def prepared(row: list[float]) -> list[float]:
+        if metric == "dot":
+            return row
         if metric == "pearson" and row:
             if min(row) == max(row):
                 return [0.0] * len(row)
@@ -164,9 +169,10 @@ def pairwise_similarity(a: Tensor, b: Tensor, metric: str) -> Tensor:
         norm = math.sqrt(math.fsum(x * x for x in row))
         return [x / norm if norm else 0.0 for x in row]
 
-    left, right = ([unit(row) for row in x.double().tolist()] for x in (a, b))
+    left, right = ([prepared(row) for row in x.double().tolist()] for x in (a, b))
     values = [[math.fsum(x * y for x, y in zip(i, j, strict=True)) for j in right] for i in left]
-    return torch.tensor(values, dtype=torch.float64).reshape(a.shape[0], b.shape[0]).clamp(-1, 1)
+    similarity = torch.tensor(values, dtype=torch.float64).reshape(a.shape[0], b.shape[0])
+    return similarity if metric == "dot" else similarity.clamp(-1, 1)
 
 
 def nearest(similarity: Tensor, k: int, *, own: bool) -> tuple[Tensor, Tensor]:
@@ -186,6 +192,19 @@ def nearest(similarity: Tensor, k: int, *, own: bool) -> tuple[Tensor, Tensor]:
         torch.tensor(columns, dtype=torch.int64).reshape(shape),
         torch.tensor(values, dtype=similarity.dtype).reshape(shape),
     )
+
+
+def unbiased_hsic(x: Tensor, y: Tensor) -> Tensor:
+    """HSIC_1 of Song et al. 2012 for linear kernels, float64, as its formula stands."""
+    n = len(x)
+    k, m = ((z.double() @ z.double().t()).fill_diagonal_(0) for z in (x, y))
+    between = k.sum() * m.sum() / ((n - 1) * (n - 2))
+    return ((k * m).sum() + between - 2 * (k @ m).sum() / (n - 2)) / (n * (n - 3))
+
+
+def cka(x: Tensor, y: Tensor) -> Tensor:
+    """Unbiased linear CKA of two layers' activations of the same samples ``[N, p]``, ``[N, q]``."""
+    return unbiased_hsic(x, y) / (unbiased_hsic(x, x) * unbiased_hsic(y, y)).sqrt()
 
 
 def _whole(compact: Tensor | None, shape: torch.Size, rows: Tensor, dim: int) -> Tensor:

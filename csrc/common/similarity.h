@@ -110,6 +110,8 @@ NSS_HOST_DEVICE int64_t least_common(SetMetric metric, int64_t key, double thres
 
 // ---- Rows of numbers: their cosine is the product of their unit vectors. ----
 
+enum class RowMetric { cosine, pearson, dot };
+
 // Maps the values of one row to those of a unit vector. `norm` is 0 for a row without a direction,
 // whose vector is zero, and NaN for a row with a value that is not finite, whose vector is NaN.
 struct UnitMap {
@@ -123,6 +125,13 @@ struct UnitMap {
     return norm == 0 ? 0.0 : centred(value) / norm;
   }
 };
+
+// The power of two that brings the largest magnitude of a row, not 0, near to 1.
+NSS_HOST_DEVICE double unit_scale(double largest) {
+  // Below -1022 the power would overflow; a subnormal row is brought near enough to 1 by it.
+  const int exponent = std::ilogb(largest);
+  return std::ldexp(1.0, exponent < -1022 ? 1022 : -exponent);
+}
 
 // The map of a row of `size` values, `stride` apart; with `centre`, of the row less its mean.
 // The row is first scaled by a power of two, so that no square overflows or vanishes and no digit
@@ -141,9 +150,7 @@ NSS_HOST_DEVICE UnitMap unit_map(const scalar_t* row, int64_t stride, int64_t si
     largest = magnitude > largest ? magnitude : largest;
   }
   if (largest == 0) return map;
-  // Below -1022 the power would overflow; a subnormal row is brought near enough to 1 by it.
-  const int exponent = std::ilogb(largest);
-  map.scale = std::ldexp(1.0, exponent < -1022 ? 1022 : -exponent);
+  map.scale = unit_scale(largest);
   if (centre) {
     map.shift = static_cast<double>(row[0]) * map.scale;
     double sum = 0;

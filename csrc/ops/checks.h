@@ -9,6 +9,8 @@
 #include <sstream>
 #include <string>
 
+#include "common/elements.h"
+
 namespace neusemslice {
 
 // A dtype under the name it has in Python.
@@ -51,6 +53,20 @@ inline void check_floating(const at::Tensor& t, const char* op, const char* argu
                      t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16;
   TORCH_CHECK_TYPE(known, op, ": ", argument,
                    " must be float64, float32, float16 or bfloat16, got ", describe(t));
+}
+
+// The elements of a tensor that check_floating() lets pass.
+inline Element element_of(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kDouble:
+      return Element::kFloat64;
+    case at::kFloat:
+      return Element::kFloat32;
+    case at::kHalf:
+      return Element::kFloat16;
+    default:
+      return Element::kBFloat16;
+  }
 }
 
 inline void check_shape(const at::Tensor& t, at::IntArrayRef shape, const char* op,

@@ -182,19 +182,6 @@ ClassBatch checked_batch(const char* op, const ClassState& state, at::Device dev
   return batch;
 }
 
-Element element_of(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kDouble:
-      return Element::kFloat64;
-    case at::kFloat:
-      return Element::kFloat32;
-    case at::kHalf:
-      return Element::kFloat16;
-    default:
-      return Element::kBFloat16;
-  }
-}
-
 void check_mergeable(const ClassState& state, const ClassState& other) {
   TORCH_CHECK_VALUE(state.num_classes == other.num_classes && state.neurons == other.neurons,
                     "class_stats_merge_: other must have ", state.num_classes, " classes and ",

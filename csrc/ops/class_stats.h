@@ -57,7 +57,6 @@
 #include <vector>
 
 #include "common/class_state.h"
-#include "common/elements.h"
 
 namespace neusemslice::ops {
 
@@ -141,9 +140,6 @@ std::vector<ClassSite> checked_sites(at::TensorList counts, at::TensorList posit
                                      const at::Tensor& order, const at::Tensor& offsets,
                                      const OptionalTensor& share, const OptionalTensor& weight,
                                      const OptionalTensors& masks, at::IntArrayRef neuron_dims);
-
-// The type of the elements of a checked x.
-Element element_of(const at::Tensor& x);
 
 // Refuses a merge of states that differ in size or in the statistics that they hold.
 void check_mergeable(const ClassState& state, const ClassState& other);

@@ -127,10 +127,17 @@ Vectors checked_vectors(const char* op, const at::Tensor& a, const OptionalTenso
                       dtype_name(a.scalar_type()), " [S, ", a.size(1), "] as a is ", describe(a),
                       ", got ", describe(*b));
   }
-  TORCH_CHECK_VALUE(metric == "cosine" || metric == "pearson", op,
-                    ": metric must be cosine or pearson, got '", metric, "'");
   const at::Tensor& other = b.has_value() ? *b : a;
-  return {a, other, !b.has_value(), metric == "pearson", a.size(0), other.size(0)};
+  Vectors v{a, other, !b.has_value(), RowMetric::cosine, a.size(0), other.size(0)};
+  if (metric == "pearson") {
+    v.metric = RowMetric::pearson;
+  } else if (metric == "dot") {
+    v.metric = RowMetric::dot;
+  } else {
+    TORCH_CHECK_VALUE(metric == "cosine", op, ": metric must be cosine, pearson or dot, got '",
+                      metric, "'");
+  }
+  return v;
 }
 
 void check_threshold(const char* op, double threshold) {

@@ -14,11 +14,13 @@
 //   a word counts, so spare bits must be zero.
 //
 // pairwise_similarity: [R, S] of the rows of a [R, D] and b [S, D]; b absent stands for a, the
-//   result is then exactly symmetric with a diagonal of 1, and its work is done once. cosine:
-//   product of the rows' unit vectors. pearson: the same of the rows less their means. Norms and
-//   means are in float64; unit vectors and result are float64 for float64 input, else float32, and
-//   lie in [-1, 1]. A row without a direction (zero; for pearson, constant) has similarity 0 with
-//   every row and with itself. A row with a NaN or an infinity gives NaN with every row.
+//   result is then exactly symmetric, and its work is done once. cosine: product of the rows' unit
+//   vectors. pearson: the same of the rows less their means. dot: product of the rows themselves.
+//   Products are accumulated in the type of the result: float64 for float64 input, else float32.
+//   Norms and means are in float64. Cosine and pearson lie in [-1, 1], with b absent with 1 on the
+//   diagonal; a row without a direction (zero; for pearson, constant) has similarity 0 with every
+//   row and with itself; one with a NaN or an infinity gives NaN with every row. For dot, NaN and
+//   infinities are what the products make of them.
 //
 // *_edges: the pairs whose similarity is at least `threshold`, sorted by (row, col): rows and cols
 //   int64 [E], values [E] as the dense result has them. With b absent only row < col, or row != col
@@ -108,7 +110,7 @@ struct Vectors {
   at::Tensor a;
   at::Tensor b;
   bool self;
-  bool centre;
+  RowMetric metric;
   int64_t rows;
   int64_t cols;
 
@@ -116,6 +118,9 @@ struct Vectors {
     return a.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   }
   Pairs pairs() const { return self ? Pairs::upper : Pairs::all; }
+  bool centre() const { return metric == RowMetric::pearson; }
+  // Whether rows are made unit vectors, whose products lie in [-1, 1].
+  bool unit() const { return metric != RowMetric::dot; }
 };
 
 Vectors checked_vectors(const char* op, const at::Tensor& a, const OptionalTensor& b,

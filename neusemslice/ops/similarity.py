@@ -10,7 +10,7 @@ from torch import Tensor
 from neusemslice.ops._fake import check_one_device, register_fake
 
 SetMetric: TypeAlias = Literal["jaccard", "dice", "overlap", "containment"]
-RowMetric: TypeAlias = Literal["cosine", "pearson"]
+RowMetric: TypeAlias = Literal["cosine", "pearson", "dot"]
 
 _WORD_BITS = 64
 
@@ -157,19 +157,22 @@ def bitset_similarity_topk(
 
 
 def pairwise_similarity(a: Tensor, b: Tensor | None = None, metric: RowMetric = "cosine") -> Tensor:
-    """Similarity of every row of ``a`` to every row of ``b``, in ``[-1, 1]``.
+    """Similarity of every row of ``a`` to every row of ``b``.
 
     - ``cosine``: the product of the rows, each divided by its norm; 0 for a row of zeros
     - ``pearson``: the same of the rows less their means; 0 for a constant row
+    - ``dot``: the product of the rows themselves
 
-    Norms and means are in float64. The result has the same bits each time, on the CPU at any
+    The first two lie in ``[-1, 1]``; their norms and means are in float64. Products are
+    accumulated in the dtype of the result, which has the same bits each time, on the CPU at any
     number of threads. It is not differentiable: it never requires a gradient.
 
     Args:
         a: float64, float32, float16 or bfloat16 ``[R, D]``, any strides. A row with a NaN or an
-            infinity gives NaN with every row; other rows are as without it.
+            infinity gives NaN with every row (for ``dot``, what the product makes of it); other
+            rows are as without it.
         b: ``[S, D]`` of the same dtype; None stands for ``a``: the result is then exactly
-            symmetric, and its diagonal is 1 (0 where the row has no direction).
+            symmetric, and but for ``dot`` its diagonal is 1 (0 where the row has no direction).
         metric: one of the above.
 
     Returns:

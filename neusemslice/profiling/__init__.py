@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from neusemslice.profiling.batching import LabelsOf, batches, first_inputs
+from neusemslice.profiling.cka import LayerSimilarity, LinearCKA, cka
 from neusemslice.profiling.deeplift import Contributions, deeplift
 from neusemslice.profiling.profile import METRICS, Profile
 from neusemslice.profiling.profiler import Profiler
@@ -17,10 +18,13 @@ __all__ = [
     "METRICS",
     "Contributions",
     "LabelsOf",
+    "LayerSimilarity",
+    "LinearCKA",
     "LossOf",
     "Profile",
     "Profiler",
     "batches",
+    "cka",
     "deeplift",
     "first_inputs",
     "profile",

@@ -150,7 +150,7 @@ TEST(PairwiseSimilarityDevice, ClampsMirrorsAndFindsEdges) {
   const PairTile tile{0, 0, 3, 3};
   std::vector<float> out(9, -2);
   launch("similarity_kernel", &similarity_kernel<float>, {1, 2}, kBlock, product.data(), tile, true,
-         int64_t{3}, out.data());
+         true, int64_t{3}, out.data());
   EXPECT_EQ(out[0], 1);
   EXPECT_EQ(out[1], 0);
   EXPECT_EQ(out[3], 0);
@@ -160,10 +160,27 @@ TEST(PairwiseSimilarityDevice, ClampsMirrorsAndFindsEdges) {
   std::vector<double> values{1.5, -3, 0.5, 0.5, 0.4, 0.2};
   auto is_edge = std::make_unique<bool[]>(6);
   launch("edges_kernel", &edges_kernel<double>, {1, 1}, kBlock, values.data(), PairTile{4, 5, 2, 3},
-         Pairs::upper, 0.5, is_edge.get());
+         Pairs::upper, true, 0.5, is_edge.get());
   EXPECT_EQ(values, (std::vector<double>{1, -1, 0.5, 0.5, 0.4, 0.2}));
   const bool expected[] = {true, false, true, false, false, false};
   for (int i = 0; i < 6; ++i) EXPECT_EQ(is_edge[i], expected[i]) << i;
+}
+
+TEST(PairwiseSimilarityDevice, LeavesDotProductsAsTheyAre) {
+  const std::vector<float> product{9, -4, -4, 0};
+  std::vector<float> out(4, -2);
+  launch("similarity_kernel", &similarity_kernel<float>, {1, 2}, kBlock, product.data(),
+         PairTile{0, 0, 2, 2}, true, false, int64_t{2}, out.data());
+  EXPECT_EQ(out, product);
+
+  std::vector<double> values{7, -3, 2};
+  const std::vector<double> before = values;
+  auto is_edge = std::make_unique<bool[]>(3);
+  launch("edges_kernel", &edges_kernel<double>, {1, 1}, kBlock, values.data(), PairTile{0, 1, 1, 3},
+         Pairs::upper, false, 2.0, is_edge.get());
+  EXPECT_EQ(values, before);
+  const bool expected[] = {true, false, true};
+  for (int i = 0; i < 3; ++i) EXPECT_EQ(is_edge[i], expected[i]) << i;
 }
 
 }  // namespace

@@ -244,7 +244,110 @@ int64_t find_values(const V* values, V bound, const V* mirror, const V* bounds, 
   });
 }
 
+// ---- Unit vectors ----
+
+// As unit_map() of common/similarity.h, with sixteen sums side by side.
+template <typename T>
+NSS_INLINE UnitMap row_map(const T* row, int64_t size, bool centre) {
+  using V = decltype(to_value(T{}));
+  const int64_t whole = size / 16 * 16;
+  UnitMap map;
+  Lanes<V> most = Lanes<V>::all(0), wrong = Lanes<V>::all(0);
+  for (int64_t d = 0; d < whole; d += 16) {
+    const Lanes<V> values = load_lanes(row + d);
+    most = values.magnitude().max(most);
+    wrong += values - values;
+  }
+  double largest = most.largest();
+  bool finite = wrong.all_finite();
+  for (int64_t d = whole; d < size; ++d) {
+    const double magnitude = std::fabs(static_cast<double>(to_value(row[d])));
+    finite = finite && std::isfinite(magnitude);
+    largest = std::max(largest, magnitude);
+  }
+  if (!finite) {
+    map.norm = std::numeric_limits<double>::quiet_NaN();
+    return map;
+  }
+  if (largest == 0) return map;
+  map.scale = unit_scale(largest);
+  const auto sum = [&](const auto& term) __attribute__((always_inline)) {
+    Lanes<double> sums = Lanes<double>::all(0);
+    for (int64_t d = 0; d < whole; d += 16) {
+      const Lanes<double> scaled = widen(load_lanes(row + d)) * map.scale;
+      sums += term((scaled - Lanes<double>::all(map.shift)) - Lanes<double>::all(map.mean));
+    }
+    double total = sums.total();
+    for (int64_t d = whole; d < size; ++d) {
+      total += term(map.centred(static_cast<double>(to_value(row[d]))));
+    }
+    return total;
+  };
+  if (centre) {
+    map.shift = static_cast<double>(to_value(row[0])) * map.scale;
+    map.mean = sum([](const auto& x) __attribute__((always_inline)) { return x; }) /
+               static_cast<double>(size);
+  }
+  map.norm = std::sqrt(sum([](const auto& x) __attribute__((always_inline)) { return x * x; }));
+  return map;
+}
+
+template <typename T>
+void unit_rows_of(const UnitJob& job, int64_t first, int64_t last) {
+  using V = decltype(to_value(T{}));
+  const int64_t whole = job.size / 16 * 16;
+  for (int64_t r = first; r < last; ++r) {
+    const T* row = static_cast<const T*>(job.x) + r * job.size;
+    V* const unit = static_cast<V*>(job.unit) + r * job.size;
+    const UnitMap map = row_map(row, job.size, job.centre);
+    if (map.norm == 0) {
+      std::fill_n(unit, job.size, V(0));
+      continue;
+    }
+    for (int64_t d = 0; d < whole; d += 16) {
+      const Lanes<double> scaled = widen(load_lanes(row + d)) * map.scale;
+      const Lanes<double> centred =
+          (scaled - Lanes<double>::all(map.shift)) - Lanes<double>::all(map.mean);
+      narrow<V>(centred / map.norm).store(unit + d);
+    }
+    for (int64_t d = whole; d < job.size; ++d) {
+      unit[d] = static_cast<V>(map(static_cast<double>(to_value(row[d]))));
+    }
+  }
+}
+
+void unit_rows(const UnitJob& job, int64_t first, int64_t last) {
+  switch (job.element) {
+    case Element::kFloat64:
+      return unit_rows_of<double>(job, first, last);
+    case Element::kFloat32:
+      return unit_rows_of<float>(job, first, last);
+    case Element::kFloat16:
+      return unit_rows_of<Float16>(job, first, last);
+    case Element::kBFloat16:
+      return unit_rows_of<BFloat16>(job, first, last);
+  }
+}
+
+template <typename V>
+void clamp_values(V* values, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i) {
+    V* const row = values + i * kTile;
+    for (int64_t j = 0; j < cols; ++j) {
+      const V low = row[j] < V(-1) ? V(-1) : row[j];
+      row[j] = low > V(1) ? V(1) : low;
+    }
+  }
+}
+
 constexpr SimilarityLoops kLoops = {
-    count_common, set_values<float, uint16_t>, set_values<double, uint32_t>,
-    find_common,  find_values<float>,          find_values<double>,
+    .count_common = count_common,
+    .set_values_16 = set_values<float, uint16_t>,
+    .set_values_32 = set_values<double, uint32_t>,
+    .find_common = find_common,
+    .find_floats = find_values<float>,
+    .find_doubles = find_values<double>,
+    .unit_rows = unit_rows,
+    .clamp_floats = clamp_values<float>,
+    .clamp_doubles = clamp_values<double>,
 };

@@ -5,12 +5,14 @@
 
 #include <cstdint>
 
+#include "common/elements.h"
 #include "common/similarity.h"
 
 namespace neusemslice::cpu {
 
-// Rows and columns of a tile of pairs. Results of one tile lie kTile apart from row to row.
-constexpr int64_t kTile = 256;
+// Rows and columns of a tile of pairs: large enough for products of rows to be efficient, small
+// enough for the second-level cache. Results of one tile lie kTile apart from row to row.
+constexpr int64_t kTile = 384;
 
 // Sets are counted in steps of 16 elements, at most so many at a time: counts of a piece, and the
 // sum of two, then fit into 16 bits.
@@ -38,7 +40,17 @@ struct CommonRow {
 };
 
 // Which columns to look at, in ascending order; the return value is their number.
-using Found = uint8_t;
+using Found = uint16_t;
+
+// Rows of `size` adjacent elements, to be made unit vectors (see UnitMap) of float64 for float64
+// elements, else of float32.
+struct UnitJob {
+  const void* x;
+  Element element;
+  int64_t size;
+  bool centre;
+  void* unit;
+};
 
 struct SimilarityLoops {
   void (*count_common)(const CommonJob& job);
@@ -59,6 +71,12 @@ struct SimilarityLoops {
                          int64_t first, int64_t cols, Found* found);
   int64_t (*find_doubles)(const double* values, double bound, const double* mirror,
                           const double* bounds, int64_t first, int64_t cols, Found* found);
+
+  void (*unit_rows)(const UnitJob& job, int64_t first, int64_t last);
+
+  // Brings the values of a tile's first rows and columns into [-1, 1].
+  void (*clamp_floats)(float* values, int64_t rows, int64_t cols);
+  void (*clamp_doubles)(double* values, int64_t rows, int64_t cols);
 };
 
 extern const SimilarityLoops kSimilarityPortable;

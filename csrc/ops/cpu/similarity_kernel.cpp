@@ -1,6 +1,6 @@
 // CPU kernels of rows of numbers (contract: ops/similarity.h).
 //
-// A tile is one at::mm of unit vectors into a buffer that stays in the cache, run on one thread:
+// A tile is one at::mm of rows into a buffer that stays in the cache, run on one thread:
 // given several, BLAS may divide the sum over D among them, and the bits then change with their
 // number. Inside the parallel region BLAS stays on the caller's thread.
 
@@ -11,10 +11,7 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
 #include <type_traits>
-#include <vector>
 
 #include "common/similarity.h"
 #include "ops/checks.h"
@@ -43,37 +40,27 @@ const cpu::SimilarityLoops& similarity_loops() {
 
 namespace {
 
-// The unit vectors of the rows of x, of the result's type.
-at::Tensor unit_rows(const at::Tensor& x, bool centre, at::ScalarType type) {
-  const int64_t rows = x.size(0);
-  const int64_t size = x.size(1);
-  at::Tensor out = at::empty({rows, size}, x.options().dtype(type));
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "unit_rows", [&] {
-    using value_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
-    const scalar_t* in = x.const_data_ptr<scalar_t>();
-    value_t* unit = out.mutable_data_ptr<value_t>();
-    at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r) {
-        const scalar_t* row = in + r * x.stride(0);
-        const UnitMap map = unit_map(row, x.stride(1), size, centre);
-        for (int64_t d = 0; d < size; ++d) {
-          unit[r * size + d] = static_cast<value_t>(map(static_cast<double>(row[d * x.stride(1)])));
-        }
-      }
-    });
+// The rows of x in the result's type, and for all but dot made unit vectors.
+at::Tensor prepared_rows(const at::Tensor& x, const Vectors& v) {
+  if (!v.unit()) return x.to(v.value_type());
+  // A row is read from adjacent elements; other strides are copied once.
+  const at::Tensor given = x.contiguous();
+  at::Tensor out = at::empty(given.sizes(), given.options().dtype(v.value_type()));
+  const cpu::UnitJob job{given.const_data_ptr(), element_of(given), given.size(1), v.centre(),
+                         out.mutable_data_ptr()};
+  at::parallel_for(0, given.size(0), 16, [&](int64_t begin, int64_t end) {
+    similarity_loops().unit_rows(job, begin, end);
   });
   return out;
 }
 
-struct UnitVectors {
+struct PreparedRows {
   const Vectors& vectors;
   at::Tensor a;
   at::Tensor b;
 
-  explicit UnitVectors(const Vectors& v)
-      : vectors(v),
-        a(unit_rows(v.a, v.centre, v.value_type())),
-        b(v.self ? a : unit_rows(v.b, v.centre, v.value_type())) {}
+  explicit PreparedRows(const Vectors& v)
+      : vectors(v), a(prepared_rows(v.a, v)), b(v.self ? a : prepared_rows(v.b, v)) {}
 
   TileGrid grid() const { return {vectors.rows, vectors.cols, vectors.self}; }
 };
@@ -82,20 +69,21 @@ struct UnitVectors {
 template <typename value_t>
 class RowTile {
  public:
-  explicit RowTile(const UnitVectors& unit)
-      : unit_(unit), buffer_(at::empty({kTile, kTile}, unit.a.options())) {}
+  explicit RowTile(const PreparedRows& prepared)
+      : prepared_(prepared), buffer_(at::empty({kTile, kTile}, prepared.a.options())) {}
 
   TileValues<value_t> values(const Tile& tile) {
     at::Tensor product = buffer_.narrow(0, 0, tile.rows).narrow(1, 0, tile.cols);
-    at::mm_out(product, unit_.a.narrow(0, tile.row, tile.rows),
-               unit_.b.narrow(0, tile.col, tile.cols).t());
+    at::mm_out(product, prepared_.a.narrow(0, tile.row, tile.rows),
+               prepared_.b.narrow(0, tile.col, tile.cols).t());
     value_t* values = buffer_.mutable_data_ptr<value_t>();
-    for (int64_t i = 0; i < tile.rows; ++i) {
-      for (int64_t j = 0; j < tile.cols; ++j) {
-        values[i * kTile + j] = clamp_similarity(values[i * kTile + j]);
-      }
+    if (!prepared_.vectors.unit()) return {values, values};
+    if constexpr (std::is_same_v<value_t, double>) {
+      similarity_loops().clamp_doubles(values, tile.rows, tile.cols);
+    } else {
+      similarity_loops().clamp_floats(values, tile.rows, tile.cols);
     }
-    if (unit_.vectors.self && tile.row == tile.col) {
+    if (prepared_.vectors.self && tile.row == tile.col) {
       for (int64_t i = 0; i < tile.rows; ++i) {
         values[i * kTile + i] = self_similarity(values[i * kTile + i]);
       }
@@ -104,19 +92,19 @@ class RowTile {
   }
 
  private:
-  const UnitVectors& unit_;
+  const PreparedRows& prepared_;
   at::Tensor buffer_;
 };
 
 at::Tensor pairwise_similarity_cpu(const at::Tensor& a, const OptionalTensor& b,
                                    std::string_view metric) {
   const Vectors v = checked_vectors("pairwise_similarity", a, b, metric);
-  const UnitVectors unit(v);
-  at::Tensor out = at::empty({v.rows, v.cols}, unit.a.options());
+  const PreparedRows prepared(v);
+  at::Tensor out = at::empty({v.rows, v.cols}, prepared.a.options());
   AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "pairwise_similarity", [&] {
     scalar_t* result = out.mutable_data_ptr<scalar_t>();
-    visit_tiles(unit.grid(), [&] {
-      return [&, source = RowTile<scalar_t>(unit)](const Tile& tile) mutable {
+    visit_tiles(prepared.grid(), [&] {
+      return [&, source = RowTile<scalar_t>(prepared)](const Tile& tile) mutable {
         write_tile(tile, source.values(tile), v.self, v.cols, result);
       };
     });
@@ -129,15 +117,15 @@ EdgeTensors pairwise_similarity_edges_cpu(const at::Tensor& a, const OptionalTen
   const char* op = "pairwise_similarity_edges";
   const Vectors v = checked_vectors(op, a, b, metric);
   check_threshold(op, threshold);
-  const UnitVectors unit(v);
-  return AT_DISPATCH_FLOATING_TYPES(unit.a.scalar_type(), "pairwise_similarity_edges", [&] {
+  const PreparedRows prepared(v);
+  return AT_DISPATCH_FLOATING_TYPES(prepared.a.scalar_type(), "pairwise_similarity_edges", [&] {
     EdgeParts<scalar_t> parts;
-    visit_tiles(unit.grid(), [&] {
-      return [&, source = RowTile<scalar_t>(unit)](const Tile& tile) mutable {
+    visit_tiles(prepared.grid(), [&] {
+      return [&, source = RowTile<scalar_t>(prepared)](const Tile& tile) mutable {
         parts.add(tile.row, tile.col, tile_edges(tile, source.values(tile), v.self, threshold));
       };
     });
-    return parts.sorted(v.rows, unit.a.options());
+    return parts.sorted(v.rows, prepared.a.options());
   });
 }
 
@@ -146,13 +134,14 @@ NeighbourTensors pairwise_similarity_topk_cpu(const at::Tensor& a, const Optiona
   const char* op = "pairwise_similarity_topk";
   const Vectors v = checked_vectors(op, a, b, metric);
   check_k(op, k);
-  const UnitVectors unit(v);
-  return AT_DISPATCH_FLOATING_TYPES(unit.a.scalar_type(), "pairwise_similarity_topk", [&] {
-    return find_nearest<scalar_t>(unit.grid(), v.rows, v.cols, k, v.self, unit.a.options(), [&] {
-      return [source = RowTile<scalar_t>(unit)](const Tile& tile) mutable {
-        return source.values(tile);
-      };
-    });
+  const PreparedRows prepared(v);
+  return AT_DISPATCH_FLOATING_TYPES(prepared.a.scalar_type(), "pairwise_similarity_topk", [&] {
+    return find_nearest<scalar_t>(
+        prepared.grid(), v.rows, v.cols, k, v.self, prepared.a.options(), [&] {
+          return [source = RowTile<scalar_t>(prepared)](const Tile& tile) mutable {
+            return source.values(tile);
+          };
+        });
   });
 }
 

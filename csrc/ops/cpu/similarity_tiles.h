@@ -249,9 +249,7 @@ class Nearest {
       heap[count++] = candidate;
       if (count == k_) std::make_heap(heap, heap + k_, is_better);
     } else if (is_better(candidate, heap[0])) {
-      std::pop_heap(heap, heap + k_, is_better);
-      heap[k_ - 1] = candidate;
-      std::push_heap(heap, heap + k_, is_better);
+      replace_worst(heap, candidate);
     }
   }
 
@@ -311,6 +309,18 @@ class Nearest {
   // A heap in this order has the worst in front.
   static bool is_better(const Neighbour& a, const Neighbour& b) {
     return a.value != b.value ? a.value > b.value : a.index < b.index;
+  }
+
+  // Half the work of std::pop_heap and std::push_heap.
+  void replace_worst(Neighbour* heap, const Neighbour& candidate) const {
+    int64_t place = 0;
+    for (int64_t child = 1; child < k_; child = 2 * place + 1) {
+      if (child + 1 < k_ && is_better(heap[child], heap[child + 1])) ++child;
+      if (is_better(heap[child], candidate)) break;
+      heap[place] = heap[child];
+      place = child;
+    }
+    heap[place] = candidate;
   }
 
   int64_t asked_;

@@ -105,31 +105,32 @@ __global__ void unit_rows_kernel(const scalar_t* __restrict__ x, int64_t rows, i
 
 template <typename value_t>
 __global__ void similarity_kernel(const value_t* __restrict__ product, PairTile tile, bool self,
-                                  int64_t cols, value_t* __restrict__ out) {
+                                  bool unit, int64_t cols, value_t* __restrict__ out) {
   const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (j >= tile.cols) return;
   const int64_t c = tile.col + j;
   for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
     const int64_t r = tile.row + i;
     if (self && c < r) continue;
-    value_t value = clamp_similarity(product[i * tile.cols + j]);
+    value_t value = product[i * tile.cols + j];
+    if (unit) value = clamp_similarity(value);
     if (self) {
-      if (c == r) value = self_similarity(value);
+      if (unit && c == r) value = self_similarity(value);
       out[c * cols + r] = value;
     }
     out[r * cols + c] = value;
   }
 }
 
-// Clamps the products in place and marks those that are edges.
+// Clamps products of unit vectors in place, and marks those that are edges.
 template <typename value_t>
-__global__ void edges_kernel(value_t* __restrict__ values, PairTile tile, Pairs pairs,
+__global__ void edges_kernel(value_t* __restrict__ values, PairTile tile, Pairs pairs, bool unit,
                              double threshold, bool* __restrict__ is_edge) {
   const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
   if (j >= tile.cols) return;
   for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
     const int64_t at = i * tile.cols + j;
-    const value_t value = clamp_similarity(values[at]);
+    const value_t value = unit ? clamp_similarity(values[at]) : values[at];
     values[at] = value;
     is_edge[at] =
         is_included(pairs, tile.row + i, tile.col + j) && static_cast<double>(value) >= threshold;

@@ -200,26 +200,26 @@ NeighbourTensors bitset_similarity_topk_cuda(const at::Tensor& a, const Optional
   });
 }
 
-// The unit vectors of the rows of x, of the result's type.
-at::Tensor unit_rows(const at::Tensor& x, bool centre, at::ScalarType type) {
-  at::Tensor out = at::empty({x.size(0), x.size(1)}, x.options().dtype(type));
+// The rows of x in the result's type, and for all but dot made unit vectors.
+at::Tensor prepared_rows(const at::Tensor& x, const Vectors& v) {
+  if (!v.unit()) return x.to(v.value_type());
+  at::Tensor out = at::empty({x.size(0), x.size(1)}, x.options().dtype(v.value_type()));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "unit_rows", [&] {
     using value_t = std::conditional_t<std::is_same_v<scalar_t, double>, double, float>;
     cuda::launch("unit_rows_kernel", &cuda::unit_rows_kernel<scalar_t, value_t>,
                  {cuda::blocks_for(x.size(0), kThreads)}, kThreads, x.const_data_ptr<scalar_t>(),
-                 x.size(0), x.size(1), x.stride(0), x.stride(1), centre,
+                 x.size(0), x.size(1), x.stride(0), x.stride(1), v.centre(),
                  out.mutable_data_ptr<value_t>());
   });
   return out;
 }
 
-struct UnitVectors {
+struct PreparedRows {
   at::Tensor a;
   at::Tensor b;
 
-  explicit UnitVectors(const Vectors& v)
-      : a(unit_rows(v.a, v.centre, v.value_type())),
-        b(v.self ? a : unit_rows(v.b, v.centre, v.value_type())) {}
+  explicit PreparedRows(const Vectors& v)
+      : a(prepared_rows(v.a, v)), b(v.self ? a : prepared_rows(v.b, v)) {}
 
   // Products of the tile's pairs, [tile.rows, tile.cols] contiguous.
   at::Tensor product(const Tile& tile) const {
@@ -233,14 +233,14 @@ at::Tensor pairwise_similarity_cuda(const at::Tensor& a, const OptionalTensor& b
                                     std::string_view metric) {
   const c10::cuda::CUDAGuard guard(a.device());
   const Vectors v = checked_vectors("pairwise_similarity", a, b, metric);
-  const UnitVectors unit(v);
-  at::Tensor out = at::empty({v.rows, v.cols}, unit.a.options());
+  const PreparedRows prepared(v);
+  at::Tensor out = at::empty({v.rows, v.cols}, prepared.a.options());
   AT_DISPATCH_FLOATING_TYPES(out.scalar_type(), "pairwise_similarity", [&] {
     for_each_tile(v.rows, v.cols, kTile, v.self, [&](const Tile& tile) {
-      const at::Tensor product = unit.product(tile);
+      const at::Tensor product = prepared.product(tile);
       cuda::launch("similarity_kernel", &cuda::similarity_kernel<scalar_t>, tile_grid(tile),
-                   kThreads, product.const_data_ptr<scalar_t>(), on_device(tile), v.self, v.cols,
-                   out.mutable_data_ptr<scalar_t>());
+                   kThreads, product.const_data_ptr<scalar_t>(), on_device(tile), v.self, v.unit(),
+                   v.cols, out.mutable_data_ptr<scalar_t>());
     });
   });
   return out;
@@ -252,15 +252,15 @@ EdgeTensors pairwise_similarity_edges_cuda(const at::Tensor& a, const OptionalTe
   const c10::cuda::CUDAGuard guard(a.device());
   const Vectors v = checked_vectors(op, a, b, metric);
   check_threshold(op, threshold);
-  const UnitVectors unit(v);
-  EdgeCollector edges(unit.a.options());
-  AT_DISPATCH_FLOATING_TYPES(unit.a.scalar_type(), "pairwise_similarity_edges", [&] {
+  const PreparedRows prepared(v);
+  EdgeCollector edges(prepared.a.options());
+  AT_DISPATCH_FLOATING_TYPES(prepared.a.scalar_type(), "pairwise_similarity_edges", [&] {
     for_each_tile(v.rows, v.cols, kTile, v.self, [&](const Tile& tile) {
-      const at::Tensor values = unit.product(tile);
+      const at::Tensor values = prepared.product(tile);
       at::Tensor is_edge = at::empty({tile.rows, tile.cols}, values.options().dtype(at::kBool));
       cuda::launch("edges_kernel", &cuda::edges_kernel<scalar_t>, tile_grid(tile), kThreads,
-                   values.mutable_data_ptr<scalar_t>(), on_device(tile), v.pairs(), threshold,
-                   is_edge.mutable_data_ptr<bool>());
+                   values.mutable_data_ptr<scalar_t>(), on_device(tile), v.pairs(), v.unit(),
+                   threshold, is_edge.mutable_data_ptr<bool>());
       edges.add(tile, values, is_edge);
     });
   });
@@ -273,11 +273,15 @@ NeighbourTensors pairwise_similarity_topk_cuda(const at::Tensor& a, const Option
   const c10::cuda::CUDAGuard guard(a.device());
   const Vectors v = checked_vectors(op, a, b, metric);
   check_k(op, k);
-  const UnitVectors unit(v);
-  return find_nearest(v.rows, v.cols, k, v.self, unit.a.options(), [&](const Tile& tile) {
+  const PreparedRows prepared(v);
+  return find_nearest(v.rows, v.cols, k, v.self, prepared.a.options(), [&](const Tile& tile) {
     // Of one tensor, what lies below the diagonal is the reflection of what lies above.
-    if (!v.self || tile.row < tile.col) return unit.product(tile).clamp(-1, 1);
-    const at::Tensor upper = unit.product({tile.col, tile.row, tile.cols, tile.rows}).clamp(-1, 1);
+    const auto values = [&](const Tile& of) {
+      const at::Tensor product = prepared.product(of);
+      return v.unit() ? product.clamp(-1, 1) : product;
+    };
+    if (!v.self || tile.row < tile.col) return values(tile);
+    const at::Tensor upper = values({tile.col, tile.row, tile.cols, tile.rows});
     if (tile.row > tile.col) return upper.t();
     return at::triu(upper).add(at::tril(upper.t(), -1));
   });
