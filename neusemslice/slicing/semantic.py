@@ -1,11 +1,6 @@
 """Semantic slicing: from a profile to critical sets, class groups and semantic components.
 
-A neuron's signature is its row of class shares, centred: which classes it stands for, whatever its
-size. Critical neurons of all layers whose signatures correlate form a component. Components are
-stars: the heaviest neuron that is still free takes every free neuron that is similar to it. Every
-member is then close to its centre, so components do not chain through the similarity graph, which
-its connected components do. Neurons without a preference (a centred signature of 0) are one
-component of their own.
+Classes are grouped by average linkage; how neurons are, see ``neusemslice.slicing.components``.
 """
 
 from __future__ import annotations
@@ -20,13 +15,13 @@ from typing import Any, overload
 import numpy as np
 import torch
 from scipy.cluster import hierarchy
-from scipy.sparse import coo_array
 from torch import Tensor
 
 from neusemslice import _files
-from neusemslice.ops import bitset_pack, bitset_similarity, pairwise_similarity_edges
+from neusemslice.ops import bitset_pack, bitset_similarity
 from neusemslice.profiling import Profile
 from neusemslice.slicing.budgets import within
+from neusemslice.slicing.components import components
 from neusemslice.slicing.explain import (
     ClassExplanation,
     Component,
@@ -38,9 +33,6 @@ from neusemslice.slicing.explain import (
 )
 from neusemslice.slicing.scores import Score, critical_sets, score_of, scored, shares
 from neusemslice.slicing.slice import Slice
-
-SAME_COMPONENT = 0.8
-"""Correlation of signatures from which on a neuron belongs to a component's centre."""
 
 GROUP_CUT = 0.7
 """Where the tree of classes is cut into groups, as a share of its height.
@@ -63,7 +55,7 @@ class SemanticSlicing:
             float32 ``[K, K]``.
         class_groups: int64 ``[K]``, the group of each class.
         components: per site, int64 ``[C]``, the semantic component of each neuron; -1 where the
-            neuron is critical to no class. Component 0 has the heaviest centre.
+            neuron is critical to no class. Component 0 is the heaviest.
     """
 
     profile: Profile
@@ -244,7 +236,7 @@ def slice_profile(
         critical=critical,
         class_similarity=similarity,
         class_groups=_class_groups(similarity),
-        components=_components(p, critical),
+        components=components(p, critical),
     )
 
 
@@ -287,34 +279,3 @@ def _class_groups(similarity: Tensor) -> Tensor:
     tree = hierarchy.linkage(distances, method="average")
     groups = hierarchy.fcluster(tree, t=GROUP_CUT * tree[-1, 2], criterion="distance")
     return torch.from_numpy(groups.astype(np.int64) - 1)
-
-
-def _components(p: dict[str, Tensor], critical: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Star-shaped components of the critical neurons of all sites, per site int64 ``[C]``."""
-    chosen = torch.cat([c.any(0) for c in critical.values()])
-    profile_of = torch.cat([site.t() for site in p.values()])[chosen]  # [neurons, K]
-    signatures = profile_of - profile_of.mean(1, keepdim=True)
-    weight = profile_of.amax(1)
-    count = len(signatures)
-    edges = pairwise_similarity_edges(signatures, metric="cosine", threshold=SAME_COMPONENT)
-    rows, cols = edges.rows.numpy(), edges.cols.numpy()
-    ones = np.ones(len(rows), dtype=bool)
-    upper = coo_array((ones, (rows, cols)), shape=(count, count)).tocsr()
-    neighbours = (upper + upper.T).tocsr()
-    label = np.full(count, -1, dtype=np.int64)
-    plain = (signatures == 0).all(1).numpy()
-    components = 0
-    for centre in weight.sort(descending=True, stable=True).indices.tolist():
-        if label[centre] >= 0:
-            continue
-        if plain[centre]:
-            label[plain] = components
-        else:
-            near = neighbours.indices[neighbours.indptr[centre] : neighbours.indptr[centre + 1]]
-            label[near[label[near] < 0]] = components
-            label[centre] = components
-        components += 1
-    every = torch.full((len(chosen),), -1, dtype=torch.int64)
-    every[chosen] = torch.from_numpy(label)
-    sizes = [site.shape[1] for site in p.values()]
-    return dict(zip(p, every.split(sizes), strict=True))
