@@ -25,7 +25,9 @@ except ImportError as error:
     )
 
 ROOT = Path(__file__).parent.resolve()
-CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-g0", "-Wall", "-Wextra"]
+CXX_FLAGS = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# Debug symbols, which Python's own flags ask for, would be most of the library and of its linking.
+CXX_FLAGS += ["-g0"]
 # Fused multiply-adds only where the source asks for one: results then have the same bits whichever
 # instruction set a kernel uses. The vector types never cross a library's boundary (-Wno-psabi).
 CXX_FLAGS += ["-ffp-contract=off", "-Wno-psabi"]
