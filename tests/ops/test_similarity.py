@@ -249,6 +249,18 @@ class TestSets:
         for result in results[1:]:
             assert same_bits(results[0], result)
 
+    @pytest.mark.parametrize("metric", SET_METRICS)
+    def test_large_sets_and_small_ones(self, metric, device):
+        # More elements than 16 bits count, on one side only.
+        large, small = random_sets(5, 70_000, device), random_sets(6, 70_000, device)
+        small[:, 100:] = False
+        for left, right in ((large, small), (small, large)):
+            a, b = ops.bitset_pack(left), ops.bitset_pack(right)
+            expected = reference.set_similarity(left.cpu(), right.cpu(), metric)
+            assert same_bits(ops.bitset_similarity(a, b, metric).cpu(), expected.float())
+            edges = ops.bitset_similarity_edges(a, b, metric, threshold=1e-4)
+            assert edges.rows.numel() == (expected >= 1e-4).sum()
+
     def test_fewer_neighbours_than_asked_for(self, device):
         sets = ops.bitset_pack(random_sets(3, 70, device))
         got = ops.bitset_similarity_topk(sets, None, k=5)

@@ -58,7 +58,7 @@ struct PreparedSets {
   const Sets& sets;
   std::vector<int64_t> row_sizes;
   std::vector<int64_t> col_sizes;
-  int64_t steps;               // up to the last that any set of b has an element in
+  int64_t steps;               // up to the last in which a set has an element: bounds all sizes
   std::vector<uint16_t> rows;  // [rows, steps]
   std::vector<uint16_t> cols;  // [blocks, steps, kTile]
 
@@ -66,7 +66,7 @@ struct PreparedSets {
       : sets(given),
         row_sizes(set_sizes(given.a)),
         col_sizes(given.self ? row_sizes : set_sizes(given.b)),
-        steps(used_steps(given.b)),
+        steps(std::max(used_steps(given.a), given.self ? 0 : used_steps(given.b))),
         rows(given.rows * steps),
         cols((given.cols + kTile - 1) / kTile * kTile * steps) {
     if (steps == 0) return;
@@ -90,13 +90,13 @@ struct PreparedSets {
     std::memcpy(out, words, steps * sizeof(uint16_t));
   }
 
-  static int64_t used_steps(const at::Tensor& b) {
-    const int64_t* data = b.const_data_ptr<int64_t>();
-    std::vector<int64_t> any(b.size(1), 0);
-    for (int64_t c = 0; c < b.size(0); ++c) {
-      for (int64_t w = 0; w < b.size(1); ++w) any[w] |= data[c * b.size(1) + w];
+  static int64_t used_steps(const at::Tensor& of) {
+    const int64_t* data = of.const_data_ptr<int64_t>();
+    std::vector<int64_t> any(of.size(1), 0);
+    for (int64_t c = 0; c < of.size(0); ++c) {
+      for (int64_t w = 0; w < of.size(1); ++w) any[w] |= data[c * of.size(1) + w];
     }
-    std::vector<uint16_t> steps(b.size(1) * kWordSteps);
+    std::vector<uint16_t> steps(of.size(1) * kWordSteps);
     if (!steps.empty()) std::memcpy(steps.data(), any.data(), steps.size() * sizeof(uint16_t));
     while (!steps.empty() && steps.back() == 0) steps.pop_back();
     return static_cast<int64_t>(steps.size());
