@@ -12,7 +12,7 @@ grown = nss.extend(model, slicing, new_classes_loader)
 from neusemslice import ops, optim
 from neusemslice.maintain import extend, readapt, restructure
 from neusemslice.profiling import Profile, Profiler, profile
-from neusemslice.report import Faithfulness, faithfulness
+from neusemslice.report import Faithfulness, ThetaCurve, faithfulness, theta_curve
 from neusemslice.slicing import SemanticSlicing, Slice, category_slice, global_slice
 from neusemslice.slicing import slice_profile as slice  # noqa: A004
 
@@ -22,6 +22,7 @@ __all__ = [
     "Profiler",
     "SemanticSlicing",
     "Slice",
+    "ThetaCurve",
     "category_slice",
     "extend",
     "faithfulness",
@@ -32,4 +33,5 @@ __all__ = [
     "readapt",
     "restructure",
     "slice",
+    "theta_curve",
 ]

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from neusemslice.profiling.batching import LabelsOf, batches, first_inputs
 from neusemslice.profiling.cka import LayerSimilarity, LinearCKA, cka
 from neusemslice.profiling.deeplift import Contributions, deeplift
+from neusemslice.profiling.estimating import Estimate, estimate
 from neusemslice.profiling.profile import METRICS, Profile
 from neusemslice.profiling.profiler import Profiler
 from neusemslice.profiling.sweep import LossOf, profile
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "METRICS",
     "Contributions",
+    "Estimate",
     "LabelsOf",
     "LayerSimilarity",
     "LinearCKA",
@@ -26,6 +28,7 @@ __all__ = [
     "batches",
     "cka",
     "deeplift",
+    "estimate",
     "first_inputs",
     "profile",
 ]

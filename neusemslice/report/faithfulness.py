@@ -125,7 +125,7 @@ def faithfulness(
         )
     graph = slicing.profile.graph
     generator = torch.Generator().manual_seed(seed)
-    chosen = [_slice_at(slicing, threshold) for threshold in tried]
+    chosen = [slice_at(slicing, threshold) for threshold in tried]
     subsets = [Slice.whole(graph)]
     for subset in chosen:
         subsets += [subset, ~subset, *(_shuffled(subset, generator) for _ in range(draws))]
@@ -134,7 +134,9 @@ def faithfulness(
     with evaluation(model), torch.no_grad():
         for subset in track(subsets, "faithfulness"):
             with subset.masking(model):
-                hits, samples = _count(model, loader, slicing.profile.num_classes, labels)
+                hits, samples = count_right(
+                    "faithfulness", model, loader, slicing.profile.num_classes, labels
+                )
             right.append(hits)
     accuracy = torch.stack(right).double() / samples
     each = accuracy[1:].view(len(tried), 2 + draws, -1)
@@ -151,7 +153,7 @@ def faithfulness(
     )
 
 
-def _slice_at(slicing: SemanticSlicing, threshold: float) -> Slice:
+def slice_at(slicing: SemanticSlicing, threshold: float) -> Slice:
     """The neurons that are critical to any class at another threshold."""
     masks = {name: critical_sets(p, threshold).any(0) for name, p in slicing.shares.items()}
     return Slice(slicing.profile.graph, masks)
@@ -166,29 +168,33 @@ def _shuffled(subset: Slice, generator: torch.Generator) -> Slice:
     return Slice(subset.graph, masks)
 
 
-def _count(
-    model: nn.Module, loader: Iterable[Any], num_classes: int, labels: LabelsOf | None
+def count_right(
+    caller: str,
+    model: nn.Module,
+    loader: Iterable[Any],
+    num_classes: int,
+    labels: LabelsOf | None,
 ) -> tuple[Tensor, Tensor]:
     """Right answers and samples of each class, int64 ``[K]``."""
     device = device_of(model)
     hits = torch.zeros(num_classes, dtype=torch.int64, device=device)
     samples = torch.zeros_like(hits)
     inputs: Inputs
-    for number, (inputs, y) in enumerate(batches(loader, "faithfulness", labels)):
+    for number, (inputs, y) in enumerate(batches(loader, caller, labels)):
         answer = logits_of(inputs.to(device).run(model)).argmax(-1)
         y = y.to(device)
         if answer.shape != y.shape:
             raise ValueError(
-                f"faithfulness: batch {number}: the model gives {list(answer.shape)} answers to "
+                f"{caller}: batch {number}: the model gives {list(answer.shape)} answers to "
                 f"labels {list(y.shape)}"
             )
         answer, y = answer[y != -100], y[y != -100]
         if bool(((y < 0) | (y >= num_classes)).any()):
             raise ValueError(
-                f"faithfulness: batch {number}: labels must lie in [0, {num_classes}) or be -100"
+                f"{caller}: batch {number}: labels must lie in [0, {num_classes}) or be -100"
             )
         samples += y.bincount(minlength=num_classes)
         hits += y[answer == y].bincount(minlength=num_classes)
     if not int(samples.sum()):
-        raise ValueError("faithfulness: the loader gave no sample with a label")
+        raise ValueError(f"{caller}: the loader gave no sample with a label")
     return hits.cpu(), samples.cpu()

@@ -1,4 +1,4 @@
-"""Figures of a slicing, of its faithfulness, and of the demo's outcome."""
+"""Figures of a slicing, of its faithfulness and its θ, and of the demo's outcome."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from neusemslice.slicing import SemanticSlicing
 
 if TYPE_CHECKING:
     from neusemslice.report.faithfulness import Faithfulness
+    from neusemslice.report.theta import ThetaCurve
 
 _MAIN, _LIGHT, _OTHER = "#2f5d8a", "#b9cbdd", "#c2703d"
 
@@ -32,7 +33,7 @@ def _figure(path: Path, width: float, height: float, columns: int) -> Iterator[A
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, columns)
-    for axis in axes:
+    for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
     yield axes
     figure.savefig(path, dpi=150)
@@ -124,6 +125,33 @@ def plot_faithfulness(found: Faithfulness, path: Path) -> None:
         bars.legend(
             loc="lower center", bbox_to_anchor=(0.5, 1.0), ncol=3, frameon=False, fontsize=8
         )
+
+
+def plot_theta_curve(found: ThetaCurve, path: Path) -> None:
+    """Accuracy of the critical neurons against their number, over θ, with the knee marked."""
+    density, kept = found.density.tolist(), found.kept.tolist()
+    with _figure(path, 6.5, 4.4, 1) as axis:
+        axis.axhline(found.whole, color=_LIGHT, label="all neurons")
+        axis.plot(density, kept, color=_MAIN, marker="o", markersize=4, label="critical neurons")
+        axis.plot(
+            density[found.knee],
+            kept[found.knee],
+            color=_OTHER,
+            marker="o",
+            markersize=9,
+            linestyle="none",
+            label=f"knee, θ = {found.thresholds[found.knee]:g}",
+        )
+        for i in sorted({0, len(kept) - 1} - {found.knee}):
+            text = f"θ = {found.thresholds[i]:g}"
+            axis.annotate(
+                text, (density[i], kept[i]), xytext=(6, -12), textcoords="offset points", fontsize=8
+            )
+        axis.set_xlabel("share of the model's neurons")
+        axis.set_ylabel("accuracy")
+        axis.set_title(f"What the critical neurons answer alone ({found.metric})")
+        axis.margins(x=0.12, y=0.12)
+        axis.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def plot_outcome(outcome: Outcome, path: Path) -> None:
