@@ -136,6 +136,12 @@ def wall_seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
+def architecture() -> str:
+    """Of the GPU, as the compiler names it: ``sm_90``."""
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm_{major}{minor}"
+
+
 @contextmanager
 def peak_memory() -> Iterator[list[float]]:
     """Puts into the list it gives by how many MiB the block raised the GPU's memory at most."""

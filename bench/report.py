@@ -18,8 +18,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from neusemslice import _C
-
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -85,7 +83,14 @@ class Target:
             "Medians over rounds, with quartiles. “×”: how many times longer the peer takes; above "
             "1\nis better for us."
         )
-        compiler = _C.build_info()["compiler"]
+        # Not at the top: a build that failed is reported as well.
+        try:
+            from neusemslice import _C
+        except ImportError:
+            build = {"compiler": "not built", "cpu_capability": "not built"}
+        else:
+            build = _C.build_info()
+        compiler = build["compiler"]
         if torch.cuda.is_available():
             about = gpu()
             heading = "{gpu}, {memory}, driver {driver}, CUDA {cuda}".format(**about)
@@ -93,7 +98,7 @@ class Target:
         about = {
             "processor": processor(),
             "threads": torch.get_num_threads(),
-            "cpu_capability": _C.build_info()["cpu_capability"],
+            "cpu_capability": build["cpu_capability"],
         }
         return cls(
             machine(),

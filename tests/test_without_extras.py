@@ -51,10 +51,25 @@ def test_everything_that_a_gpu_machine_runs_is_imported():
     assert found.returncode == 0, found.stderr
 
 
-@pytest.mark.parametrize("benchmark", ["class_stats", "contribution", "similarity"])
-def test_peers_that_are_missing_are_left_out(benchmark):
-    found = run_without(f"import bench.{benchmark} as b; b.main(['--list'])")
+CHECKS = {
+    "class_stats": "b.workload(b.Case('x', (4096, 512), 3), with_compile=False).check()",
+    "contribution": "b.kernel_workload('x', (2048, 512), 3).check()",
+    "similarity": "b.row_case(300, 8, 3, with_faiss=True, rounds=1).check(); print(b.note())",
+    "profiler": "b.main()",
+}
+
+
+@pytest.mark.parametrize("stem", CHECKS)
+def test_benchmarks_leave_out_the_peers_that_are_missing(stem):
+    code = f"""
+import bench.{stem} as b
+sys.argv[1:] = ["--quick"]
+{CHECKS[stem]}
+"""
+    found = run_without(code)
     assert found.returncode == 0, found.stderr
+    if stem == "profiler":
+        assert "ResNet-50 is left out: no transformers and no torch_pruning" in found.stdout
 
 
 def test_tracing_says_what_is_missing():
