@@ -91,7 +91,8 @@ def kernel_workload(name: str, shape: tuple[int, ...], num_classes: int) -> Work
         harness.same_bits(states[0].tensors(), states[1].tensors())
         some = slice(0, 32)  # the oracle goes through neurons and samples one by one
         x, g = (t[:, some].cpu() for t in pairs[0])
-        expected = reference.contribution(x, g, labels[0].cpu(), num_classes)
+        with torch.device("cpu"):
+            expected = reference.contribution(x, g, labels[0].cpu(), num_classes)
         assert states[0].mean is not None
         assert expected.mean is not None
         found = states[0].mean[:, some].cpu()

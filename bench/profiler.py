@@ -99,7 +99,8 @@ def check(model: nn.Module, case: Case) -> None:
     hook.remove()
     mean = profiler.profile.activations[site.name].mean
     assert mean is not None
-    expected = reference.class_stats(seen[0].cpu(), y.cpu(), 2, neuron_dim=reader.neuron_dim)
+    with torch.device("cpu"):
+        expected = reference.class_stats(seen[0].cpu(), y.cpu(), 2, neuron_dim=reader.neuron_dim)
     torch.testing.assert_close(mean.cpu(), expected.mean, rtol=case.rtol, atol=1e-6)
 
 
