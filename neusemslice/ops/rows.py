@@ -127,15 +127,25 @@ def _rows_linear_derivative(ctx: Any, of: Tensor) -> tuple[Tensor | None, ...]:
 
 def _rows_conv_derivative(ctx: Any, of: Tensor) -> tuple[Tensor | None, ...]:
     grad, x, rows = ctx.saved_tensors
-    _, *where, groups = ctx.options
-    none = [0] * len(where[0])
+    _, stride, padding, dilation, groups = ctx.options
+    none = [0] * len(stride)
     weight = of.new_zeros(grad.shape[1], *of.shape[1:]).index_copy(0, rows, of)
     of_grad = of_x = None
     if ctx.needs_input_grad[0]:
-        of_grad = torch.convolution(x, weight, None, *where, False, none, groups)
+        of_grad = torch.convolution(x, weight, None, stride, padding, dilation, False, none, groups)
     if ctx.needs_input_grad[1]:
         of_x = torch.ops.aten.convolution_backward(
-            grad, x, weight, None, *where, False, none, groups, [True, False, False]
+            grad,
+            x,
+            weight,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            none,
+            groups,
+            [True, False, False],
         )[0]
     return of_grad, of_x, *[None] * 6
 

@@ -64,9 +64,9 @@ at::Tensor rows_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
   return out.to(grad.scalar_type());
 }
 
-// How many parts the samples are divided into: by their number alone, so that the order of the sums
-// is that of the shapes.
-constexpr int64_t kParts = 8;
+// How many parts the samples are divided into, for want of other work for the threads: by their
+// number alone, so that the order of the sums is that of the shapes.
+int64_t parts_of(int64_t samples) { return std::clamp<int64_t>(samples / 16, 1, 8); }
 
 cpu::ConvRowsLayout layout_of(const ConvShape& shape) {
   cpu::ConvRowsLayout at{
@@ -142,7 +142,7 @@ at::Tensor rows_conv_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
   const at::Tensor input = x.contiguous();
   const cpu::ConvRowsJob job{&layout,   element_of(input),       input.const_data_ptr(),
                              x.size(1), packed.const_data_ptr(), count};
-  const int64_t parts = std::min(kParts, shape.samples);
+  const int64_t parts = parts_of(shape.samples);
   const at::Tensor sums = at::empty({parts, count, shape.inputs, shape.taps()}, options);
   const int64_t block = std::max<int64_t>(1, 9 / shape.taps());
   const int64_t blocks = (shape.inputs + block - 1) / block;
