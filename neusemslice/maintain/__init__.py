@@ -1,6 +1,7 @@
 """From a slice to a restructured, re-adapted or extended model."""
 
 from neusemslice.maintain.cost import Cost, latency, measure, parameter_count
+from neusemslice.maintain.delta import Delta
 from neusemslice.maintain.extend import Extended, ExtendReport, extend
 from neusemslice.maintain.readapt import Readapted, ReadaptReport, readapt
 from neusemslice.maintain.restructure import Restructured, RestructureReport, restructure
@@ -9,6 +10,7 @@ from neusemslice.maintain.training import Training, fit
 
 __all__ = [
     "Cost",
+    "Delta",
     "ExtendReport",
     "Extended",
     "ReadaptReport",
