@@ -1,0 +1,51 @@
+"""How far the new samples moved each neuron, and which neurons to tune for it.
+
+In a class, a neuron's activations are described by their mean and spread (standard deviation),
+before (μ, s) and on the new samples (μ', s'). They moved by
+
+    sqrt((μ' − μ)² + (s' − s)²) / σ,
+
+the 2-Wasserstein distance of two normal distributions, in units of the neuron's spread σ over the
+old samples of all classes. A neuron's drift is the mean over the classes that both have seen,
+weighted by the neuron's shares in them; a component's drift is the mean of its neurons'.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from neusemslice.profiling import Profile
+from neusemslice.slicing import SemanticSlicing, Slice
+
+
+def neuron_drift(slicing: SemanticSlicing, new: Profile) -> dict[str, Tensor]:
+    """The drift of each neuron, float64 ``[C]`` per site; 0 where it has no share or no spread."""
+    old = slicing.profile
+    seen = ((old.samples > 0).cpu() & (new.samples > 0).cpu()).nonzero().flatten()
+    found = {}
+    for site in old.graph.sites:
+        before, after = old.activations[site.name], new.activations[site.name]
+        assert before.mean is not None
+        assert after.mean is not None
+        weight = (before.count / before.count.sum()).unsqueeze(1)
+        centre = (weight * before.mean).sum(0)
+        spread = (weight * (before.variance() + (before.mean - centre) ** 2)).sum(0).sqrt()
+        shift = after.mean.cpu() - before.mean.cpu()
+        wider = after.variance().sqrt().cpu() - before.variance().sqrt().cpu()
+        moved = torch.hypot(shift, wider)[seen] / spread.cpu()
+        p = slicing.shares[site.name][seen]
+        drift = (p * moved).sum(0) / p.sum(0)
+        found[site.name] = torch.where((spread.cpu() > 0) & (p.sum(0) > 0), drift, 0.0)
+    return found
+
+
+def component_drift(slicing: SemanticSlicing, drift: dict[str, Tensor]) -> Tensor:
+    """The mean drift of each component's neurons, float64 ``[components]``."""
+    total = torch.zeros(slicing.num_components, dtype=torch.float64)
+    count = torch.zeros_like(total)
+    for name, component in slicing.components.items():
+        critical = component >= 0
+        total.index_add_(0, component[critical], drift[name][critical])
+        count.index_add_(0, component[critical], torch.ones_like(drift[name][critical]))
+    return total / count.clamp_min(1)
