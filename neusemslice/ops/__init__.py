@@ -21,6 +21,11 @@ from neusemslice.ops.class_stats import (  # noqa: E402
 )
 from neusemslice.ops.contribution import CONTRIBUTION_STATISTICS, contribution_  # noqa: E402
 from neusemslice.ops.masked_optim import masked_adamw_, masked_sgd_  # noqa: E402
+from neusemslice.ops.rows import (  # noqa: E402
+    rows_bias_backward,
+    rows_conv_backward,
+    rows_linear_backward,
+)
 from neusemslice.ops.similarity import (  # noqa: E402
     Edges,
     Neighbours,
@@ -56,4 +61,7 @@ __all__ = [
     "pairwise_similarity",
     "pairwise_similarity_edges",
     "pairwise_similarity_topk",
+    "rows_bias_backward",
+    "rows_conv_backward",
+    "rows_linear_backward",
 ]
