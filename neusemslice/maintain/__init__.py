@@ -4,9 +4,10 @@ from neusemslice.maintain.cost import Cost, latency, measure, parameter_count
 from neusemslice.maintain.delta import Delta
 from neusemslice.maintain.extend import Extended, ExtendReport, extend
 from neusemslice.maintain.readapt import Readapted, ReadaptReport, readapt
+from neusemslice.maintain.recalibration import recalibrate
 from neusemslice.maintain.restructure import Restructured, RestructureReport, restructure
 from neusemslice.maintain.tasks import Task, TaskModel
-from neusemslice.maintain.training import Training, fit
+from neusemslice.maintain.training import Score, Training, fit, score
 
 __all__ = [
     "Cost",
@@ -17,6 +18,7 @@ __all__ = [
     "Readapted",
     "RestructureReport",
     "Restructured",
+    "Score",
     "Task",
     "TaskModel",
     "Training",
@@ -26,5 +28,7 @@ __all__ = [
     "measure",
     "parameter_count",
     "readapt",
+    "recalibrate",
     "restructure",
+    "score",
 ]

@@ -214,6 +214,14 @@ class Delta:
         return _files.read(path, "delta", build)
 
 
+def digest_of(model: nn.Module) -> str:
+    """Hex digest of all that a model saves, names and bits."""
+    digest = hashlib.sha256()
+    for name, tensor in _tensors(model).items():
+        digest.update(f"{name}:{tensor.dtype};{_digest(_row_bytes(tensor, 0))}".encode())
+    return digest.hexdigest()[:32]
+
+
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a model saves, by name; a tensor with several names once, by its first."""
     named: dict[int, tuple[str, Tensor]] = {}

@@ -49,3 +49,34 @@ def component_drift(slicing: SemanticSlicing, drift: dict[str, Tensor]) -> Tenso
         total.index_add_(0, component[critical], drift[name][critical])
         count.index_add_(0, component[critical], torch.ones_like(drift[name][critical]))
     return total / count.clamp_min(1)
+
+
+def choose(slicing: SemanticSlicing, drift: Tensor, allowed: int) -> tuple[Slice, list[int]]:
+    """Critical neurons to tune, and their components.
+
+    Whole components in the order of their drift, float64 ``[components]``, of equal ones the
+    heavier first; of the last one the heaviest neurons that the number ``allowed`` still holds.
+    """
+    chosen = Slice(slicing.profile.graph, {})
+    used: list[int] = []
+    for component in drift.sort(descending=True, stable=True).indices.tolist():
+        room = allowed - len(chosen)
+        if room <= 0:
+            break
+        members = slicing.component_slice(component)
+        if len(members) > room:
+            members = _heaviest(slicing, members, room)
+        chosen = chosen | members
+        used.append(component)
+    return chosen, used
+
+
+def _heaviest(slicing: SemanticSlicing, members: Slice, count: int) -> Slice:
+    masks = members.masks()
+    weight = torch.cat(
+        [torch.where(mask, slicing.importance(name), -1.0) for name, mask in masks.items()]
+    )
+    best = torch.zeros_like(weight, dtype=torch.bool)
+    best[weight.sort(descending=True, stable=True).indices[:count]] = True
+    parts = best.split([len(mask) for mask in masks.values()])
+    return Slice(members.graph, dict(zip(masks, parts, strict=True)))
