@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import neusemslice as nss
 from neusemslice.graph import Inputs
 from neusemslice.maintain import Delta, score
+from neusemslice.maintain.drift import neuron_drift
 from neusemslice.maintain.holdout import held_out
 
 BATCHES = loader(96)
@@ -117,11 +118,49 @@ def test_the_budget_is_kept_and_used():
         assert result.report.tuned_neurons == len(result.tuned) / neurons
 
 
-def test_components_are_tuned_in_the_order_of_their_drift():
+def test_of_the_components_that_moved_the_first_neurons_are_tuned():
     model, slicing = made()
-    report = nss.readapt(model, slicing, SHIFTED, budget=0.5, epochs=1).report
-    drifts = [report.drift[c] for c in report.components]
-    assert drifts == sorted(report.drift, reverse=True)[: len(drifts)]
+    some = [(torch.where((y == 1).view(-1, 1, 1, 1), 3 * x, x), y) for x, y in BATCHES]
+    result = nss.readapt(model, slicing, some, budget=0.3, epochs=1, validation=None)
+    drift = torch.tensor(result.report.drift)
+    moved = drift >= 0.5 * drift.mean()
+    assert 0 < int(moved.sum()) < len(drift)
+    assert all(moved[c] for c in result.report.components)
+    drifts = [result.report.drift[c] for c in result.report.components]
+    assert drifts == sorted(drifts, reverse=True)
+    left = len(result.tuned)
+    for site in slicing.profile.graph.sites:
+        component = slicing.components[site.name]
+        wanted = (component >= 0) & moved[component]
+        tuned = result.tuned.mask(site.name)
+        assert not bool((tuned & ~wanted).any())
+        assert int(tuned.sum()) == min(left, int(wanted.sum()))
+        left -= int(tuned.sum())
+
+
+def test_drift_is_the_distance_of_normal_distributions():
+    """Recomputed from single activations in float64."""
+    model, slicing = made("lenet")
+    new = nss.profile(model, SHIFTED, ("avg",))
+    found = neuron_drift(slicing, new)
+    site = slicing.profile.graph.sites[0]
+    reader = model[2]  # the pool after the first activation; its reader is the next convolution
+    pooled = {}
+    for name, batches in (("old", BATCHES), ("new", SHIFTED)):
+        with torch.no_grad():
+            a = torch.cat([reader(model[1](model[0](x))).double().mean((2, 3)) for x, _ in batches])
+        pooled[name] = a
+    y = torch.cat([labels for _, labels in BATCHES])
+    sigma = pooled["old"].std(0, correction=0)
+    moved = []
+    for k in range(4):
+        old, after = (pooled[name][y == k] for name in ("old", "new"))
+        shift = after.mean(0) - old.mean(0)
+        wider = after.std(0, correction=0) - old.std(0, correction=0)
+        moved.append((shift**2 + wider**2).sqrt() / sigma)
+    p = slicing.shares[site.name]
+    expected = (p * torch.stack(moved)).sum(0) / p.sum(0)
+    torch.testing.assert_close(found[site.name], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_drift_is_zero_on_the_old_samples():

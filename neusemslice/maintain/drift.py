@@ -8,6 +8,11 @@ before (μ, s) and on the new samples (μ', s'). They moved by
 the 2-Wasserstein distance of two normal distributions, in units of the neuron's spread σ over the
 old samples of all classes. A neuron's drift is the mean over the classes that both have seen,
 weighted by the neuron's shares in them; a component's drift is the mean of its neurons'.
+
+Components that moved at least half as far as components do on average are to be tuned. A neuron
+moves if what it reads has moved, so of their critical neurons the first in the order of the forward
+pass are tuned: what is put right there has not moved any more behind it. What is then left of the
+budget goes to the other components, the farthest first.
 """
 
 from __future__ import annotations
@@ -17,6 +22,9 @@ from torch import Tensor
 
 from neusemslice.profiling import Profile
 from neusemslice.slicing import SemanticSlicing, Slice
+
+MOVED = 0.5
+"""Drift from which on a component is to be tuned, as a share of the components' mean."""
 
 
 def neuron_drift(slicing: SemanticSlicing, new: Profile) -> dict[str, Tensor]:
@@ -52,23 +60,28 @@ def component_drift(slicing: SemanticSlicing, drift: dict[str, Tensor]) -> Tenso
 
 
 def choose(slicing: SemanticSlicing, drift: Tensor, allowed: int) -> tuple[Slice, list[int]]:
-    """Critical neurons to tune, and their components.
+    """Critical neurons to tune, and their components, the one that moved farthest first.
 
-    Whole components in the order of their drift, float64 ``[components]``, of equal ones the
-    heavier first; of the last one the heaviest neurons that the number ``allowed`` still holds.
+    Args:
+        drift: of the components, float64 ``[components]``.
+        allowed: how many neurons may be tuned at most.
     """
+    moved = drift >= MOVED * drift.mean()
     chosen = Slice(slicing.profile.graph, {})
-    used: list[int] = []
-    for component in drift.sort(descending=True, stable=True).indices.tolist():
-        room = allowed - len(chosen)
-        if room <= 0:
-            break
-        members = slicing.component_slice(component)
-        if len(members) > room:
-            members = _heaviest(slicing, members, room)
-        chosen = chosen | members
-        used.append(component)
-    return chosen, used
+    for site in slicing.profile.graph.sites:
+        component = slicing.components[site.name]
+        mask = (component >= 0) & moved[component]
+        chosen = _filled(slicing, chosen, Slice(chosen.graph, {site.name: mask}), allowed)
+    order = drift.sort(descending=True, stable=True).indices.tolist()
+    for component in order:
+        chosen = _filled(slicing, chosen, slicing.component_slice(component), allowed)
+    return chosen, [c for c in order if len(chosen & slicing.component_slice(c))]
+
+
+def _filled(slicing: SemanticSlicing, chosen: Slice, more: Slice, allowed: int) -> Slice:
+    """Both, or of what is added the heaviest neurons that are still allowed."""
+    more, room = more - chosen, allowed - len(chosen)
+    return chosen | (more if len(more) <= room else _heaviest(slicing, more, room))
 
 
 def _heaviest(slicing: SemanticSlicing, members: Slice, count: int) -> Slice:

@@ -1,15 +1,18 @@
 """Re-adaptation: fit new samples by tuning critical neurons only.
 
 The new samples are profiled, semantic components are ranked by how far their class statistics
-moved (``neusemslice.maintain.drift``), and the critical neurons of the first components, up to the
-budget, are tuned together with the output layer, which is no neuron's. Gradients, optimizer state
-and best state are those of tuned rows. Nothing else changes by a bit: not a weight outside these
-rows and, unless batch norms are to be recalibrated, not a running statistic.
+moved, and of those that moved, critical neurons up to the budget are tuned, together with the
+output layer, which is no neuron's; ``neusemslice.maintain.drift`` has the formula and says which.
+Gradients, optimizer state and best state are those of tuned rows. Nothing else changes by a bit:
+not a weight outside these rows and, unless batch norms are to be recalibrated, not a running
+statistic.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -19,6 +22,7 @@ from typing import Any
 
 from torch import nn
 
+from neusemslice._progress import length
 from neusemslice.graph import device_of
 from neusemslice.maintain.checkpointing import Checkpoint, Keeper, RandomState
 from neusemslice.maintain.delta import Delta, digest_of
@@ -38,7 +42,7 @@ class ReadaptReport:
     Attributes:
         tuned_neurons: share of the model's neurons that were tuned.
         tuned_parameters: number of parameters that were tuned, the output layer's included.
-        components: the tuned semantic components, the one that moved farthest first.
+        components: those that tuned neurons are of, the one that moved farthest first.
         drift: of all components, by their numbers; see ``neusemslice.maintain.drift``.
         training: steps, seconds, losses and bytes of optimizer state.
         best_epoch: whose state was kept: the last one's without validation, 0 if no epoch was
@@ -97,7 +101,8 @@ def readapt(
     Args:
         model: the one that the slicing was made from; it is left as it was.
         slicing: from ``neusemslice.slice``, of the old samples.
-        loader: new samples, passed over once to profile them and once or twice per epoch.
+        loader: new samples, passed over before the first epoch, to profile them (of a long loader
+            every n-th batch), and once or twice per epoch.
         budget: share of the model's neurons that may be tuned; never exceeded.
         validation: after each epoch the model is scored on these samples, and the best state is
             kept. A share in (0, 1) of the new samples, which are then not trained on, chosen by
@@ -211,6 +216,19 @@ def _check_options(
         raise ValueError(f"readapt: patience must be at least 1, got {patience}")
 
 
+def profiled_batches(batches: int) -> int:
+    """How many of a loader's batches are profiled: every n-th, so that 64 to 127 are, or all."""
+    return math.ceil(batches / max(1, batches // 64))
+
+
+def _sample(loader: Iterable[Any]) -> Iterable[Any]:
+    """The batches that are profiled, spread over the loader's whole length."""
+    count = length(loader)
+    if count is None or count < 128:
+        return loader
+    return itertools.islice(loader, 0, None, count // 64)
+
+
 def _divided(
     loader: Iterable[Any], validation: float | Iterable[Any] | None
 ) -> tuple[Iterable[Any], Iterable[Any] | None]:
@@ -234,7 +252,7 @@ def _prepare(
     """What is done once, before the first step; leaves its outcome in the checkpoint."""
     found = profile(
         adapted,
-        new,
+        _sample(new),
         ("avg",),
         num_classes=slicing.profile.num_classes,
         class_names=slicing.profile.class_names,
@@ -251,7 +269,7 @@ def _prepare(
         for name, loader in (("new", held), ("old", known))
     }
     if recalibrate:
-        recalibrate_norms(adapted, new)
+        recalibrate_norms(adapted, _sample(new))
         run.put("statistics", dict(adapted.named_buffers()))
     run.put("tuned", tuned.masks())
     run.content = {
