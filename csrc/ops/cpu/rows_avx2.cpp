@@ -1,0 +1,22 @@
+// Gradients of tuned rows for AVX2: rows_body.h in registers of 32 bytes.
+
+#if defined(__x86_64__)
+
+#include "ops/cpu/rows_job.h"
+// The code of one instruction set begins here.
+#include "ops/cpu/begin_avx2.h"
+
+namespace neusemslice::cpu {
+namespace {
+// Each in terms of the one before.
+#include "ops/cpu/lanes.h"
+
+#include "ops/cpu/rows_body.h"
+}  // namespace
+
+const RowsLoops kRowsAvx2{&pack_grad, &conv_rows, &row_sums};
+}  // namespace neusemslice::cpu
+
+#include "ops/cpu/end_isa.h"
+
+#endif

@@ -1,0 +1,231 @@
+// The loops of rows_job.h. Included inside a namespace of each instruction set, after lanes.h.
+//
+// A sum is that of sixteen partial ones, which are added up at the end of a part; how many of them
+// are taken side by side differs with the number of registers, and does not change their bits.
+
+#if NSS_LANE_BYTES == 64
+constexpr int kRowBlock = 3, kTapBlock = 9;
+#elif NSS_LANE_BYTES == 32
+constexpr int kRowBlock = 2, kTapBlock = 3;
+#else
+constexpr int kRowBlock = 1, kTapBlock = 3;
+#endif
+
+template <typename F>
+void with_elements(Element element, const F& f) {
+  switch (element) {
+    case Element::kFloat64:
+      return f(double{});
+    case Element::kFloat32:
+      return f(float{});
+    case Element::kFloat16:
+      return f(Float16{});
+    case Element::kBFloat16:
+      return f(BFloat16{});
+  }
+}
+
+template <typename S>
+using Value = decltype(to_value(S{}));
+
+template <typename S>
+void pack_grad_of(const PackGradJob& job, int64_t first_sample, int64_t last_sample) {
+  const ConvRowsLayout& at = *job.layout;
+  const auto& [depth, height, width] = at.output;
+  for (int64_t n = first_sample; n < last_sample; ++n) {
+    for (int64_t r = 0; r < job.row_count; ++r) {
+      const S* from = static_cast<const S*>(job.grad) + n * job.sample_stride +
+                      job.rows[r] * job.channel_stride;
+      Value<S>* to = static_cast<Value<S>*>(job.packed) + (n * job.row_count + r) * at.line;
+      std::fill_n(to, at.line, Value<S>{});
+      for (int64_t z = 0; z < depth; ++z) {
+        for (int64_t y = 0; y < height; ++y) {
+          const S* line = from + z * job.strides[0] + y * job.strides[1];
+          Value<S>* packed = to + (z * at.extent[1] + y) * at.extent[2];
+          for (int64_t i = 0; i < width; ++i) packed[i] = to_value(line[i * job.strides[2]]);
+        }
+      }
+    }
+  }
+}
+
+// The places of a phase that lie inside the input, along one dimension.
+struct Inside {
+  int64_t first;
+  int64_t last;
+  Inside(const ConvRowsLayout& at, const Sizes3& phase, int d) {
+    const int64_t before = at.padding[d] - phase[d];  // above -stride
+    first = (before + at.stride[d] - 1) / at.stride[d];
+    last = std::min(at.extent[d], (at.input[d] + before + at.stride[d] - 1) / at.stride[d]);
+  }
+};
+
+// One channel of one sample; places outside the input are left as they are, zero.
+template <typename S>
+void pack_planes(const ConvRowsLayout& at, const S* x, Value<S>* planes) {
+  for (const Sizes3& phase : at.phases) {
+    const Inside depth(at, phase, 0), height(at, phase, 1), width(at, phase, 2);
+    const auto place = [&](int d, int64_t i) {
+      return i * at.stride[d] + phase[d] - at.padding[d];
+    };
+    for (int64_t z = depth.first; z < depth.last; ++z) {
+      for (int64_t y = height.first; y < height.last; ++y) {
+        const S* line = x + (place(0, z) * at.input[1] + place(1, y)) * at.input[2];
+        Value<S>* packed = planes + (z * at.extent[1] + y) * at.extent[2];
+        if (at.stride[2] == 1) {
+          const S* from = line + place(2, width.first);
+          for (int64_t i = width.first; i < width.last; ++i) packed[i] = to_value(*from++);
+        } else {
+          for (int64_t i = width.first; i < width.last; ++i)
+            packed[i] = to_value(line[place(2, i)]);
+        }
+      }
+    }
+    planes += at.extent[0] * at.extent[1] * at.extent[2];
+  }
+}
+
+// Adds grad * x to kRows x kTaps sums of sixteen values.
+template <typename V>
+struct Correlation {
+  const V* grad;
+  int64_t grad_sample;  // from one sample to the next
+  const V* x;
+  int64_t x_sample;
+  int64_t samples;
+  int64_t line;
+  const int64_t* offsets;
+  int64_t taps;
+  V* sums;  // [rows, taps, 16]
+
+  template <int kRows, int kTaps>
+  NSS_INLINE void add(int64_t row, int64_t tap) const {
+    Lanes<V> sum[kRows][kTaps];
+    V* out = sums + (row * taps + tap) * 16;
+    NSS_EACH(kRows, constexpr int r = i;
+             NSS_EACH(kTaps, sum[r][i] = Lanes<V>::load(out + (r * taps + i) * 16)));
+    for (int64_t n = 0; n < samples; ++n) {
+      const V* g = grad + n * grad_sample + row * line;
+      const V* at = x + n * x_sample;
+      for (int64_t q = 0; q < line; q += 16) {
+        Lanes<V> of_rows[kRows];
+        NSS_EACH(kRows, of_rows[i] = Lanes<V>::load(g + i * line + q));
+        NSS_EACH(kTaps, constexpr int t = i;
+                 const auto of_tap = Lanes<V>::load(at + offsets[tap + t] + q);
+                 NSS_EACH(kRows, sum[i][t] += of_rows[i] * of_tap));
+      }
+    }
+    NSS_EACH(kRows, constexpr int r = i;
+             NSS_EACH(kTaps, sum[r][i].store(out + (r * taps + i) * 16)));
+  }
+
+  template <int kRows>
+  void add_rows(int64_t row) const {
+    int64_t tap = 0;
+    for (; tap + kTapBlock <= taps; tap += kTapBlock) add<kRows, kTapBlock>(row, tap);
+    if constexpr (kTapBlock > 3) {
+      for (; tap + 3 <= taps; tap += 3) add<kRows, 3>(row, tap);
+    }
+    for (; tap < taps; ++tap) add<kRows, 1>(row, tap);
+  }
+
+  void add_all(int64_t rows) const {
+    int64_t row = 0;
+    for (; row + kRowBlock <= rows; row += kRowBlock) add_rows<kRowBlock>(row);
+    if constexpr (kRowBlock > 2) {
+      if (row + 2 <= rows) add_rows<2>(row), row += 2;
+    }
+    if (row < rows) add_rows<1>(row);
+  }
+};
+
+// As many channels at a time as fill a block of taps, as many samples as stay in the cache.
+constexpr int64_t kPlaneBytes = 16384;
+
+template <typename S>
+void conv_rows_of(const ConvRowsJob& job, const ConvRowsPart& part) {
+  using V = Value<S>;
+  const ConvRowsLayout& at = *job.layout;
+  const int64_t taps = static_cast<int64_t>(at.offsets.size());
+  const int64_t rows = part.last_row - part.first_row;
+  const int64_t points = at.input[0] * at.input[1] * at.input[2];
+  const int64_t abreast = std::max<int64_t>(1, kTapBlock / taps);
+  const int64_t bytes = abreast * at.planes * static_cast<int64_t>(sizeof(V));
+  const int64_t batch = std::clamp<int64_t>(
+      kPlaneBytes / bytes, 1, std::max<int64_t>(1, part.last_sample - part.first_sample));
+  std::vector<V> planes(batch * abreast * at.planes);
+  std::vector<V> sums(rows * abreast * taps * 16);
+  std::vector<int64_t> offsets(abreast * taps);
+  for (int64_t c = 0; c < abreast; ++c) {
+    for (int64_t t = 0; t < taps; ++t) offsets[c * taps + t] = c * at.planes + at.offsets[t];
+  }
+  for (int64_t input = part.first_input; input < part.last_input; input += abreast) {
+    const int64_t channels = std::min(abreast, part.last_input - input);
+    std::fill(sums.begin(), sums.end(), V{});
+    for (int64_t n = part.first_sample; n < part.last_sample; n += batch) {
+      const int64_t samples = std::min(batch, part.last_sample - n);
+      for (int64_t i = 0; i < samples; ++i) {
+        for (int64_t c = 0; c < channels; ++c) {
+          pack_planes(at,
+                      static_cast<const S*>(job.x) +
+                          ((n + i) * job.channels + part.channel + input + c) * points,
+                      planes.data() + (i * abreast + c) * at.planes);
+        }
+      }
+      Correlation<V>{
+          static_cast<const V*>(job.packed) + (n * job.row_count + part.first_row) * at.line,
+          job.row_count * at.line,
+          planes.data(),
+          abreast * at.planes,
+          samples,
+          at.line,
+          offsets.data(),
+          channels * taps,
+          sums.data()}
+          .add_all(rows);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      V* out = static_cast<V*>(part.sums) + ((part.first_row + r) * at.inputs + input) * taps;
+      for (int64_t t = 0; t < channels * taps; ++t) {
+        out[t] = Lanes<V>::load(sums.data() + (r * channels * taps + t) * 16).total();
+      }
+    }
+  }
+}
+
+template <typename S>
+void row_sums_of(const RowSumsJob& job, int64_t first_row, int64_t last_row) {
+  using V = Value<S>;
+  std::vector<V> sums((last_row - first_row) * 16);
+  for (int64_t n = 0; n < job.outer; ++n) {
+    const S* sample = static_cast<const S*>(job.grad) + n * job.neurons * job.inner;
+    for (int64_t r = first_row; r < last_row; ++r) {
+      const S* from = sample + job.rows[r] * job.inner;
+      V* sum = sums.data() + (r - first_row) * 16;
+      int64_t i = 0;
+      if (job.inner >= 16) {
+        Lanes<V> lanes = Lanes<V>::load(sum);
+        for (; i + 16 <= job.inner; i += 16) lanes += load_lanes(from + i);
+        lanes.store(sum);
+      }
+      // Neighbouring samples of a few places each go to different partial sums.
+      for (; i < job.inner; ++i) sum[(n * job.inner + i) % 16] += to_value(from[i]);
+    }
+  }
+  for (int64_t r = first_row; r < last_row; ++r) {
+    static_cast<V*>(job.sums)[r] = Lanes<V>::load(sums.data() + (r - first_row) * 16).total();
+  }
+}
+
+void pack_grad(const PackGradJob& job, int64_t first_sample, int64_t last_sample) {
+  with_elements(job.element,
+                [&](auto e) { pack_grad_of<decltype(e)>(job, first_sample, last_sample); });
+}
+
+void conv_rows(const ConvRowsJob& job, const ConvRowsPart& part) {
+  with_elements(job.element, [&](auto e) { conv_rows_of<decltype(e)>(job, part); });
+}
+
+void row_sums(const RowSumsJob& job, int64_t first_row, int64_t last_row) {
+  with_elements(job.element, [&](auto e) { row_sums_of<decltype(e)>(job, first_row, last_row); });
+}

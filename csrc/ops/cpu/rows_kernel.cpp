@@ -1,0 +1,197 @@
+// CPU kernels of the gradients of tuned rows (contract: ops/rows.h).
+//
+// Linear: the tuned columns of grad are gathered, and one at::mm per block of input features is run
+// on one thread, because BLAS on several may divide the sum over positions among them.
+//
+// Convolution: oneDNN's weight gradient takes as long for a tenth of the rows as for all of them,
+// so this is a correlation of our own. A row's gradient and an input channel are laid out as lines
+// of the same pitch, the channel with its padding around it and, for a stride, once per phase: for
+// each tap the sum over all places is then that of one line times the other from an offset on, and
+// neither edges nor strides matter in the loop (rows_body.h), which keeps 3 rows x 9 taps in
+// registers. Where there are fewer taps, several channels are taken at a time.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <set>
+
+#include "ops/checks.h"
+#include "ops/cpu/capability.h"
+#include "ops/cpu/rows_job.h"
+#include "ops/rows.h"
+#include "ops/similarity.h"
+
+namespace neusemslice::ops {
+namespace {
+
+const cpu::RowsLoops& loops() {
+#if defined(__x86_64__)
+  if (cpu::capability() >= cpu::Capability::kAvx512) return cpu::kRowsAvx512;
+  if (cpu::capability() == cpu::Capability::kAvx2) return cpu::kRowsAvx2;
+#endif
+  return cpu::kRowsPortable;
+}
+
+at::ScalarType value_type(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+constexpr int64_t kFeatures = 64;  // of one at::mm
+
+at::Tensor rows_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
+                                    const at::Tensor& rows) {
+  const PlainDispatch plain;
+  const LinearRows linear = checked_linear(grad, x, rows);
+  const at::ScalarType value = value_type(grad);
+  const int64_t features = linear.x.size(1);
+  at::Tensor out = at::empty({rows.numel(), features}, grad.options().dtype(value));
+  if (out.numel() == 0) return out.to(grad.scalar_type());
+  if (linear.x.size(0) == 0) return out.zero_().to(grad.scalar_type());
+  const at::Tensor columns = linear.grad.index_select(1, rows).to(value).t();
+  at::parallel_for(0, (features + kFeatures - 1) / kFeatures, 1, [&](int64_t begin, int64_t end) {
+    const PlainDispatch plain_here;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * kFeatures, count = std::min(kFeatures, features - first);
+      at::Tensor part = out.narrow(1, first, count);
+      at::mm_out(part, columns, linear.x.narrow(1, first, count).to(value));
+    }
+  });
+  return out.to(grad.scalar_type());
+}
+
+// How many parts the samples are divided into, for want of other work for the threads: by their
+// number alone, so that the order of the sums is that of the shapes.
+int64_t parts_of(int64_t samples) { return std::clamp<int64_t>(samples / 16, 1, 8); }
+
+cpu::ConvRowsLayout layout_of(const ConvShape& shape) {
+  cpu::ConvRowsLayout at{
+      shape.inputs, shape.input, shape.output, shape.stride, shape.padding, {}, {}, {}, 0, 0};
+  std::set<cpu::Sizes3> phases;
+  const auto for_each_tap = [&](auto visit) {
+    for (int64_t z = 0; z < shape.kernel[0]; ++z) {
+      for (int64_t y = 0; y < shape.kernel[1]; ++y) {
+        for (int64_t x = 0; x < shape.kernel[2]; ++x) {
+          cpu::Sizes3 phase{z, y, x}, shift{};
+          for (int d = 0; d < 3; ++d) {
+            const int64_t from = phase[d] * shape.dilation[d];
+            phase[d] = from % shape.stride[d];
+            shift[d] = from / shape.stride[d];
+          }
+          visit(phase, shift);
+        }
+      }
+    }
+  };
+  for_each_tap([&](const cpu::Sizes3& phase, const cpu::Sizes3& shift) {
+    phases.insert(phase);
+    for (int d = 0; d < 3; ++d) {
+      at.extent[d] = std::max(at.extent[d], shape.output[d] + shift[d]);
+    }
+  });
+  at.phases.assign(phases.begin(), phases.end());
+  const int64_t plane = at.extent[0] * at.extent[1] * at.extent[2];
+  const auto place = [&](const cpu::Sizes3& p) {
+    return (p[0] * at.extent[1] + p[1]) * at.extent[2] + p[2];
+  };
+  for_each_tap([&](const cpu::Sizes3& phase, const cpu::Sizes3& shift) {
+    const auto number = std::lower_bound(at.phases.begin(), at.phases.end(), phase);
+    at.offsets.push_back((number - at.phases.begin()) * plane + place(shift));
+  });
+  const int64_t places = place({shape.output[0] - 1, shape.output[1] - 1, shape.output[2] - 1}) + 1;
+  at.line = (places + 15) / 16 * 16;
+  // The last tap's line ends behind the last plane.
+  at.planes = static_cast<int64_t>(at.phases.size()) * plane + at.line - places;
+  return at;
+}
+
+at::Tensor rows_conv_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
+                                  const at::Tensor& rows, at::IntArrayRef kernel_size,
+                                  at::IntArrayRef stride, at::IntArrayRef padding,
+                                  at::IntArrayRef dilation, int64_t groups) {
+  const PlainDispatch plain;
+  const ConvShape shape =
+      checked_conv(grad, x, rows, kernel_size, stride, padding, dilation, groups);
+  const std::vector<int64_t> sizes = conv_rows_sizes(shape, rows, kernel_size);
+  const int64_t count = rows.numel();
+  if (count == 0 || shape.inputs == 0 || grad.numel() == 0) return at::zeros(sizes, grad.options());
+
+  const cpu::ConvRowsLayout layout = layout_of(shape);
+  const auto options = grad.options().dtype(value_type(grad));
+  const at::Tensor row_list = rows.contiguous();
+  const int64_t* row = row_list.const_data_ptr<int64_t>();
+  const at::Tensor packed = at::empty({shape.samples, count, layout.line}, options);
+  cpu::PackGradJob pack{&layout,
+                        element_of(grad),
+                        grad.const_data_ptr(),
+                        grad.stride(0),
+                        grad.stride(1),
+                        {0, 0, 0},
+                        row,
+                        count,
+                        packed.mutable_data_ptr()};
+  for (int64_t d = 2; d < grad.dim(); ++d) pack.strides[3 - grad.dim() + d] = grad.stride(d);
+  at::parallel_for(0, shape.samples, 1,
+                   [&](int64_t begin, int64_t end) { loops().pack_grad(pack, begin, end); });
+
+  // Channels are read as planes; other strides are copied once.
+  const at::Tensor input = x.contiguous();
+  const cpu::ConvRowsJob job{&layout,   element_of(input),       input.const_data_ptr(),
+                             x.size(1), packed.const_data_ptr(), count};
+  const int64_t parts = parts_of(shape.samples);
+  const at::Tensor sums = at::empty({parts, count, shape.inputs, shape.taps()}, options);
+  const int64_t block = std::max<int64_t>(1, 9 / shape.taps());
+  const int64_t blocks = (shape.inputs + block - 1) / block;
+  const int64_t outputs = shape.outputs / groups;
+  at::parallel_for(0, parts * groups * blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t part = task / (groups * blocks);
+      const int64_t group = task / blocks % groups, first = task % blocks * block;
+      const auto first_row = std::lower_bound(row, row + count, group * outputs) - row;
+      const auto last_row = std::lower_bound(row, row + count, (group + 1) * outputs) - row;
+      if (first_row == last_row) continue;
+      loops().conv_rows(job, {part * shape.samples / parts, (part + 1) * shape.samples / parts,
+                              first_row, last_row, first, std::min(first + block, shape.inputs),
+                              group * shape.inputs, sums.select(0, part).mutable_data_ptr()});
+    }
+  });
+  at::Tensor out = sums.select(0, 0);
+  for (int64_t part = 1; part < parts; ++part) out.add_(sums.select(0, part));
+  return out.view(sizes).to(grad.scalar_type(), false, true);
+}
+
+at::Tensor rows_bias_backward_cpu(const at::Tensor& grad, const at::Tensor& rows,
+                                  int64_t neuron_dim) {
+  const PlainDispatch plain;
+  const int64_t dim = checked_bias(grad, rows, neuron_dim);
+  at::Tensor out = at::zeros({rows.numel()}, grad.options().dtype(value_type(grad)));
+  if (out.numel() != 0 && grad.numel() != 0) {
+    // Read front to back; other strides are copied once.
+    const at::Tensor whole = grad.contiguous(), row_list = rows.contiguous();
+    cpu::RowSumsJob job{element_of(grad),
+                        whole.const_data_ptr(),
+                        1,
+                        grad.size(dim),
+                        1,
+                        row_list.const_data_ptr<int64_t>(),
+                        out.mutable_data_ptr()};
+    for (int64_t d = 0; d < dim; ++d) job.outer *= grad.size(d);
+    for (int64_t d = dim + 1; d < grad.dim(); ++d) job.inner *= grad.size(d);
+    at::parallel_for(0, rows.numel(), 1,
+                     [&](int64_t begin, int64_t end) { loops().row_sums(job, begin, end); });
+  }
+  return out.to(grad.scalar_type());
+}
+
+}  // namespace
+}  // namespace neusemslice::ops
+
+TORCH_LIBRARY_IMPL(neusemslice, CPU, m) {
+  m.impl("rows_linear_backward", &neusemslice::ops::rows_linear_backward_cpu);
+  m.impl("rows_conv_backward", &neusemslice::ops::rows_conv_backward_cpu);
+  m.impl("rows_bias_backward", &neusemslice::ops::rows_bias_backward_cpu);
+}

@@ -1,0 +1,80 @@
+#pragma once
+
+// Weight gradients of tuned rows only. A row is what one output neuron owns of a weight.
+//
+// rows: int64 [R], rising, each in [0, O) with O the number of output neurons. On the CPU they are
+//   checked; on CUDA, where the host cannot look without waiting, they are taken as they are, and a
+//   row out of range is an assertion on the device. What belongs to other rows is not read.
+// grad: the gradient of the layer's output, float64, float32, float16 or bfloat16, any strides.
+// x: the layer's input, of grad's dtype, any strides.
+//
+// rows_linear_backward: grad [..., O], x [..., I] -> [R, I], the sum over all positions of
+//   grad[..., rows[r]] * x[..., i].
+// rows_conv_backward: grad [N, O, spatial of the output], x [N, I, spatial of the input], one to
+//   three spatial dimensions -> [R, I / groups, kernel_size]. stride, padding and dilation have one
+//   entry per spatial dimension; padding is by zeros.
+// rows_bias_backward: grad, the neurons in its dimension neuron_dim -> [R], the sum of all else.
+//
+// Results are contiguous, of grad's dtype; sums are in float64 for float64 and in float32 for all
+// others, rounded once at the end. On the CPU they are taken in an order that depends on shapes
+// alone, so the bits are the same each time, at any number of threads; those of rows_conv_backward
+// and rows_bias_backward also with any instruction set. On CUDA they are as deterministic as the
+// ATen operators that they are made of. A value of x that is not finite may spoil all taps of its
+// channel. The first two are differentiable by formulas that stand beside their Python wrappers.
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <vector>
+
+namespace neusemslice::ops {
+
+at::Tensor rows_linear_backward(const at::Tensor& grad, const at::Tensor& x,
+                                const at::Tensor& rows);
+
+at::Tensor rows_conv_backward(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& rows,
+                              at::IntArrayRef kernel_size, at::IntArrayRef stride,
+                              at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
+
+at::Tensor rows_bias_backward(const at::Tensor& grad, const at::Tensor& rows, int64_t neuron_dim);
+
+// What the CPU and the CUDA kernels share: checked arguments.
+
+// grad [M, O] and x [M, I].
+struct LinearRows {
+  at::Tensor grad;
+  at::Tensor x;
+};
+
+LinearRows checked_linear(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& rows);
+
+// The sizes of a convolution with three spatial dimensions, of which those that it lacks come first
+// and have one place.
+struct ConvShape {
+  using Sizes = std::array<int64_t, 3>;
+  int64_t samples;
+  int64_t inputs;   // channels of each group
+  int64_t outputs;  // of all groups
+  int64_t groups;
+  Sizes input;
+  Sizes output;
+  Sizes kernel;
+  Sizes stride;
+  Sizes padding;
+  Sizes dilation;
+
+  int64_t taps() const { return kernel[0] * kernel[1] * kernel[2]; }
+};
+
+ConvShape checked_conv(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& rows,
+                       at::IntArrayRef kernel_size, at::IntArrayRef stride, at::IntArrayRef padding,
+                       at::IntArrayRef dilation, int64_t groups);
+
+// The shape of the result: [R, I / groups, kernel_size].
+std::vector<int64_t> conv_rows_sizes(const ConvShape& shape, const at::Tensor& rows,
+                                     at::IntArrayRef kernel_size);
+
+// neuron_dim, counted from the front.
+int64_t checked_bias(const at::Tensor& grad, const at::Tensor& rows, int64_t neuron_dim);
+
+}  // namespace neusemslice::ops
