@@ -15,37 +15,42 @@ Every finished run is kept in ``build/readapt.json``: an interrupted study goes 
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 import neusemslice as nss
 from bench import cifar
 from bench.report import Column, Ratio, Result, Section, Target
+from bench.tuning import (
+    BUDGET,
+    DECAY,
+    METHODS,
+    Stream,
+    network,
+    observe,
+    random_neurons,
+    right,
+    some,
+    step,
+    tuning,
+)
 from neusemslice.maintain import fit, recalibrate
+from neusemslice.maintain.drift import choose, component_drift, neuron_drift
 from neusemslice.maintain.readapt import profiled_batches
-from neusemslice.optim import MaskedAdamW, row_gradients
 
-BATCH = 128
-BUDGET = 0.2
-RATES = (1e-3, 3e-3, 1e-2)
-DECAY = 1e-2
 KEPT = Path(__file__).parents[1] / "build" / "readapt.json"
-METHODS = ("ours", "full", "last layer", "random neurons", "batch norms", "LoRA")
 COLUMNS = (
     Column("seeds", "seeds", "number"),
     Column("mean", "accuracy %", "number", in_summary=True),
@@ -98,6 +103,7 @@ class Size:
     settings: tuple[Setting, ...]
     seeds: tuple[int, ...]
     rates: tuple[float, ...]
+    batch: int
     search_steps: int
     profiled: int
     validation: int
@@ -113,95 +119,25 @@ FULL = Size(
         Setting("ResNet-56", 1_000, 160),
     ),
     seeds=(0, 1, 2),
-    rates=RATES,
-    search_steps=150,
+    rates=(3e-4, 1e-3, 3e-3),
+    batch=128,
+    search_steps=100,
     profiled=4_000,
-    validation=5_000,
+    validation=3_000,
     test=10_000,
-    rounds=15,
+    rounds=20,
 )
 QUICK = Size(
     settings=(Setting("ResNet-20", 500, 3), Setting("ResNet-20", 100, 2)),
     seeds=(0,),
-    rates=(3e-3,),
+    rates=(1e-3,),
+    batch=16,
     search_steps=1,
     profiled=250,
     validation=100,
     test=200,
     rounds=2,
 )
-
-
-class Stream:
-    """A given number of augmented batches in each pass, shuffled anew whenever images run out."""
-
-    def __init__(self, images: cifar.Images, batches: int, seed: int) -> None:
-        self.images, self.batches = images, batches
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.zeros(0, dtype=torch.int64)
-        for _ in range(self.batches):
-            while len(order) < BATCH:
-                order = torch.cat(
-                    [order, torch.randperm(len(self.images), generator=self.generator)]
-                )
-            chosen, order = self.images[order[:BATCH]], order[BATCH:]
-            yield cifar.normalised(cifar.augmented(chosen.pixels, self.generator)), chosen.labels
-
-
-def network(name: str) -> nn.Module:
-    """The untuned network."""
-    return cifar.trained(f"{name.lower().replace('-', '')}_cifar10")
-
-
-@contextmanager
-def tuning(
-    method: str, model: nn.Module, tuned: nss.Slice, rate: float
-) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
-    """Inside the block, a model to be trained with an optimizer, as a method does; in place."""
-    head = model.get_submodule(tuned.graph.outputs[0])
-    if method in ("ours", "random neurons"):
-        groups = [*tuned.parameters(model), {"params": list(head.parameters())}]
-        with row_gradients(model, groups) as rows:
-            yield model, MaskedAdamW(rows.groups(), lr=rate, weight_decay=DECAY)
-        return
-    if method == "LoRA":
-        adapted = lora(model, tuned)
-        chosen = [p for p in adapted.parameters() if p.requires_grad]
-    else:
-        adapted = model
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        modules = {"full": [model], "last layer": [head], "batch norms": norms}[method]
-        chosen = [p for module in modules for p in module.parameters()]
-    yield adapted, torch.optim.AdamW(chosen, lr=rate, weight_decay=DECAY, fused=True)
-
-
-def lora(model: nn.Module, tuned: nss.Slice) -> nn.Module:
-    """LoRA on every layer, of the rank whose number of parameters comes closest to ours."""
-    goal = parameters_of(model, tuned)
-    layers = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
-
-    def made(rank: int) -> nn.Module:
-        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
-        return peft.get_peft_model(copy.deepcopy(model), config)
-
-    ranks = range(1, 17)
-    sizes = [sum(p.numel() for p in made(r).parameters() if p.requires_grad) for r in ranks]
-    return made(min(ranks, key=lambda r: abs(sizes[r - 1] - goal)))
-
-
-def parameters_of(model: nn.Module, tuned: nss.Slice) -> int:
-    """How many parameters are tuned with some neurons and the output layer."""
-    head = model.get_submodule(tuned.graph.outputs[0])
-    return sum(p.numel() for p in head.parameters()) + sum(
-        p.numel() // p.shape[dim] * len(rows)
-        for group in tuned.parameters(model)
-        for p, dim, rows in zip(group["params"], group["neuron_dims"], group["rows"], strict=True)
-    )
 
 
 class Study:
@@ -223,6 +159,7 @@ class Study:
         self.validation = self.images[len(images) - size.validation :]
         self.test = cifar.load("test")[: size.test]
         self._slicings: dict[str, nss.SemanticSlicing] = {}
+        self._ours: dict[str, nss.Slice] = {}
 
     def once(self, key: str, run: Callable[[], Any]) -> Any:
         """The outcome of a run, from the file if it is there."""
@@ -245,10 +182,20 @@ class Study:
             self._slicings[name] = nss.slice(nss.profile(remembering, some), threshold=0.95)
         return self._slicings[name]
 
+    def ours(self, name: str) -> nss.Slice:
+        """The neurons that ours tunes where there are many new images."""
+        if name not in self._ours:
+            slicing = self.slicing(name)
+            new = self.searched[: self.size.profiled].batches()
+            drift = neuron_drift(slicing, nss.profile(network(name), new, ("avg",)))
+            allowed = int(BUDGET * slicing.profile.graph.neurons)
+            self._ours[name], _ = choose(slicing, component_drift(slicing, drift), allowed)
+        return self._ours[name]
+
     def tuned(
         self, method: str, setting: Setting, choice: Choice, stream: Stream, seed: int
     ) -> tuple[nn.Module, nss.Slice]:
-        """A network after tuning, and neurons: those tuned by rows, or as many as ours."""
+        """A network after tuning, and neurons: those tuned by rows, or those that ours tunes."""
         model, slicing = network(setting.network), self.slicing(setting.network)
         if method == "ours":
             found = nss.readapt(
@@ -263,8 +210,8 @@ class Study:
                 weight_decay=DECAY,
             )
             return found.model, found.tuned
-        rows = random_neurons(slicing, seed)
         by_rows = method == "random neurons"
+        rows = random_neurons(slicing, seed) if by_rows else self.ours(setting.network)
         if choice.renewed and by_rows:
             recalibrate(model, stream)
         with tuning(method, model, rows, choice.rate) as (adapted, optimizer):
@@ -283,7 +230,7 @@ class Study:
         steps = min(self.size.search_steps, setting.steps)
 
         def judged(choice: Choice) -> float:
-            stream = Stream(some(self.searched, setting.samples, 0), steps, 0)
+            stream = Stream(some(self.searched, setting.samples, 0), self.size.batch, steps, 0)
             model, _ = self.tuned(method, setting, choice, stream, 0)
             return 100 * float(right(model, self.validation).double().mean())
 
@@ -296,7 +243,8 @@ class Study:
 
     def measure(self, method: str, setting: Setting, choice: Choice, seed: int) -> dict[str, Any]:
         """Test accuracy after tuning, and how much of what was right is wrong now."""
-        stream = Stream(some(self.images, setting.samples, seed), setting.steps, seed)
+        images = some(self.images, setting.samples, seed)
+        stream = Stream(images, self.size.batch, setting.steps, seed)
         model, neurons = self.tuned(method, setting, choice, stream, seed)
         before, after = right(network(setting.network), self.test), right(model, self.test)
         return {
@@ -311,16 +259,13 @@ class Study:
         Steps of all methods are interleaved; so are profiled batches, as ``"profile"``.
         """
         slicing = self.slicing(name)
-        stream = Stream(self.images, self.size.rounds, 0)
-        ours = nss.readapt(
-            network(name), slicing, stream, BUDGET, validation=None, epochs=1, lr=1e-4
-        ).tuned
-        batch = next(iter(stream))
+        x, y = next(iter(Stream(self.images, self.size.batch, 1, 0)))
         runs: dict[str, Callable[[], object]] = {}
         counts = {}
         with ExitStack() as stack:
             for method in METHODS:
-                neurons = ours if method == "ours" else random_neurons(slicing, 0)
+                by_rows = method == "random neurons"
+                neurons = random_neurons(slicing, 0) if by_rows else self.ours(name)
                 model, optimizer = stack.enter_context(tuning(method, network(name), neurons, 1e-4))
                 trained = [p for group in optimizer.param_groups for p in group["params"]]
                 for parameter in model.parameters():
@@ -329,8 +274,10 @@ class Study:
                     parameter.requires_grad_(True)
                 model.train(method in ("full", "batch norms"))
                 counts[method] = sum(p.numel() for p in trained)
-                runs[method] = partial(step, model, optimizer, *batch)
-            runs["profile"] = partial(nss.profile, network(name), [batch], ("avg",))
+                runs[method] = partial(step, model, optimizer, x, y)
+            observed = network(name)
+            profiler = nss.Profiler(observed, x[:2], ("avg",))
+            runs["profile"] = partial(observe, observed, profiler, x, y)
             seconds: dict[str, list[float]] = {method: [] for method in runs}
             for run in runs.values():
                 run()
@@ -351,41 +298,11 @@ class Study:
         }
 
 
-def some(images: cifar.Images, count: int, seed: int) -> cifar.Images:
-    """Other images for another seed, as far as they go; all of them if there are no more."""
-    count = min(count, len(images))
-    return images[torch.arange(seed * count, (seed + 1) * count) % len(images)]
-
-
-@torch.no_grad()
-def right(model: nn.Module, images: cifar.Images) -> Tensor:
-    """Which images a model answers rightly, bool ``[N]``."""
-    model.eval()
-    return torch.cat([model(x).argmax(1) == y for x, y in images.batches()])
-
-
-def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
-
-
-def random_neurons(slicing: nss.SemanticSlicing, seed: int) -> nss.Slice:
-    """As many as ours, anywhere."""
-    graph = slicing.profile.graph
-    order = torch.randperm(graph.neurons, generator=torch.Generator().manual_seed(seed))
-    mask = torch.zeros(graph.neurons, dtype=torch.bool)
-    mask[order[: int(BUDGET * graph.neurons)]] = True
-    parts = mask.split([site.neurons for site in graph.sites])
-    return nss.Slice(graph, dict(zip((s.name for s in graph.sites), parts, strict=True)))
-
-
 def study(size: Size, kept: Path | None) -> Section:
     """All runs, as a table."""
     study = Study(size, kept)
     small = size.settings[0].network
     names = dict.fromkeys(setting.network for setting in size.settings)
-    times = {name: study.once(f"times {name}", partial(study.times, name)) for name in names}
     choices, runs = {}, {}
     for setting, method in itertools.product(size.settings, METHODS):
         choice = study.search(method, replace(setting, network=small))
@@ -397,6 +314,7 @@ def study(size: Size, kept: Path | None) -> Section:
             )
             for seed in size.seeds
         ]
+    times = {name: study.once(f"times {name}", partial(study.times, name)) for name in names}
     means = {key: statistics.mean(run["accuracy"] for run in some) for key, some in runs.items()}
     results = []
     for setting in size.settings:
