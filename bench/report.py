@@ -136,7 +136,9 @@ class Section:
         return json.dumps(
             {
                 result.name: {
-                    key: round(result.values[key].median, 3) for key in keys if key in result.values
+                    key: round(getattr(result.values[key], "median", result.values[key]), 3)
+                    for key in keys
+                    if key in result.values
                 }
                 for result in self.results
             }

@@ -14,6 +14,7 @@ from rich.console import Console
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 _PROFILE, _SLICE = "profile.safetensors", "slice.safetensors"
+_MODEL, _DELTA = "model.safetensors", "delta.safetensors"
 
 _Run = Annotated[Path, typer.Argument(help="Folder that an earlier command wrote into.")]
 _Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is written.")]
@@ -86,7 +87,7 @@ def profile(
     """
     from neusemslice.profiling import profile as sweep
     from neusemslice.report import print_profile
-    from neusemslice.task import Task, shard
+    from neusemslice.task import Task, remember, shard
 
     with _one_sentence("profile"), _ranks() as (rank, world):
         given = Task(task)
@@ -104,6 +105,7 @@ def profile(
         if world > 1:
             found.all_reduce()
         if rank == 0:
+            remember(task, out)
             print_profile(found, found.save(out / _PROFILE), Console())
 
 
@@ -125,6 +127,58 @@ def slice_(
     with _one_sentence("slice"):
         slicing = slice_profile(Profile.load(run / _PROFILE), metric, threshold)
         print_slicing(slicing, slicing.save(run / _SLICE), Console())
+
+
+@app.command()
+def readapt(
+    run: _Run = Path("run"),
+    budget: Annotated[
+        float, typer.Option(help="Share of the model's neurons that may be tuned.")
+    ] = 0.2,
+    epochs: Annotated[int, typer.Option(help="Passes over the new samples at most.")] = 5,
+    lr: Annotated[float, typer.Option(help="Learning rate at the beginning.")] = 3e-3,
+    replay: Annotated[
+        bool, typer.Option("--replay", help="Mix the batches with batches of train().")
+    ] = False,
+    recalibrate: Annotated[
+        bool, typer.Option("--recalibrate", help="Renew the running statistics of batch norms.")
+    ] = False,
+) -> None:
+    """Fit the samples of the task's new() by tuning a share of the neurons.
+
+    Continues where it was interrupted.
+    """
+    from neusemslice import _files
+    from neusemslice.graph import fingerprint
+    from neusemslice.maintain import readapt as fitted_to
+    from neusemslice.report import print_readapted
+    from neusemslice.slicing import SemanticSlicing
+    from neusemslice.task import remembered
+
+    with _one_sentence("readapt"):
+        given = remembered(run)
+        slicing = SemanticSlicing.load(run / _SLICE)
+        result = fitted_to(
+            given.model(),
+            slicing,
+            given.new(),
+            budget,
+            old=given.train(),
+            replay=replay,
+            recalibrate=recalibrate,
+            epochs=epochs,
+            lr=lr,
+            checkpoint=run / "readapt-checkpoint.safetensors",
+        )
+        content = {
+            "fingerprint": fingerprint(result.model),
+            "class_names": list(slicing.profile.class_names),
+        }
+        paths = [
+            _files.write(run / _MODEL, "model", result.model.state_dict(), content),
+            result.delta.save(run / _DELTA),
+        ]
+        print_readapted(result, paths, Console())
 
 
 def main() -> None:

@@ -154,7 +154,7 @@ def _readapt(
     train, test = shifted(data.train_images, seed=1), shifted(data.test_images, seed=2)
     loader = _loader(train, data.train_labels)
     epochs = _epochs(loader, steps=200)
-    fitted = readapt(model, slicing, loader, budget=0.2, epochs=epochs)
+    fitted = readapt(model, slicing, loader, budget=0.2, epochs=epochs, validation=None)
     full = DigitNet(10, data.test_images.shape[-1])
     full.load_state_dict(model.state_dict())
     optimizer = torch.optim.AdamW(full.parameters(), lr=3e-3)
@@ -172,7 +172,7 @@ def _readapt(
 
 
 def _untuned_identical(model: nn.Module, fitted: Readapted) -> bool:
-    """Whether parameters and buffers differ in tuned rows only."""
+    """Whether parameters and buffers differ in tuned rows and the output layer only."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     own = dict(fitted.model.named_parameters())
     names = {id(parameter): name for name, parameter in own.items()}
@@ -183,7 +183,11 @@ def _untuned_identical(model: nn.Module, fitted: Readapted) -> bool:
             tuned = parameter.detach().index_select(dim, rows)
             before[names[id(parameter)]].index_copy_(dim, rows, tuned)
     after = fitted.model.state_dict()
-    return all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    return all(
+        torch.equal(after[name], tensor)
+        for name, tensor in before.items()
+        if name.rpartition(".")[0] not in fitted.tuned.graph.outputs
+    )
 
 
 def _extend(data: ImageData) -> tuple[Extended, dict[str, Any]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import json
+import os
+import secrets
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,13 +15,16 @@ from typing import Any
 
 from torch import nn
 
+_REMEMBERED = "task.json"
+"""In the folder that commands write into: which task file they were given."""
+
 
 class Task:
     """The functions of a task file.
 
     ``model()`` returns the trained model and ``train()`` a loader of labelled batches. Optional are
-    ``loss(output, labels)`` and ``labels(batch)``, as for ``neusemslice.profile``, and a sequence
-    ``class_names``.
+    ``new()``, a loader of new samples, ``loss(output, labels)`` and ``labels(batch)``, as for
+    ``neusemslice.profile``, and a sequence ``class_names``.
 
     Args:
         path: of the file.
@@ -55,9 +61,50 @@ class Task:
         loader: Iterable[Any] = self._module.train()
         return loader
 
+    def new(self) -> Iterable[Any]:
+        """The loader of new samples.
+
+        Raises:
+            ValueError: if the file has no function ``new``.
+        """
+        function = self.optional("new")
+        if not callable(function):
+            raise ValueError(f"{self.path} has no function new(), which returns the new samples")
+        loader: Iterable[Any] = function()
+        return loader
+
     def optional(self, name: str) -> Any:
         """What the file calls ``name``, or None."""
         return getattr(self._module, name, None)
+
+
+def remember(task: Path, run: Path) -> None:
+    """Notes in a folder which task file it belongs to, so that later commands find it.
+
+    The path is relative to the folder: both may be moved together.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    target = run / _REMEMBERED
+    temporary = run / f".{_REMEMBERED}.{secrets.token_hex(8)}"
+    temporary.write_text(json.dumps({"task": os.path.relpath(task, run)}) + "\n")
+    temporary.replace(target)
+
+
+def remembered(run: Path) -> Task:
+    """The task that a folder belongs to.
+
+    Raises:
+        FileNotFoundError: if the folder knows none, or the file is gone.
+        ValueError: if what it knows cannot be read, or as for ``Task``.
+    """
+    note = run / _REMEMBERED
+    if not note.is_file():
+        raise FileNotFoundError(f"{note}: no such file; neusemslice profile writes it")
+    try:
+        path = run / json.loads(note.read_text())["task"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{note} is damaged: {error!r}") from error
+    return Task(Path(os.path.normpath(path)))
 
 
 def _import(path: Path) -> ModuleType:

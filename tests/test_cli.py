@@ -1,6 +1,7 @@
 """The command line as a user runs it: a file of one's own, an empty folder, several processes."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -8,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from neusemslice import Profile, SemanticSlicing
+from neusemslice.maintain import Delta
+from neusemslice.task import remembered
 
 TASK = """
 import torch
@@ -24,6 +28,30 @@ def model():
 def train():
     torch.manual_seed(1)
     return [(torch.randn(n, 6), torch.arange(n) % 3) for n in (7, 4, 9, 2, 5)]
+
+def new():
+    torch.manual_seed(2)
+    return [(torch.randn(8, 6) + 1, torch.arange(8) % 3) for _ in range(6)]
+"""
+
+SLOW = """
+from neusemslice.maintain import checkpointing
+checkpointing.SECONDS = 0.0
+
+class Slow(list):
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        for batch in quick():
+            if self.passes == 7:
+                import time
+                print("ready", flush=True)
+                time.sleep(60)
+            yield batch
+
+def new():
+    return Slow(quick())
 """
 
 
@@ -62,12 +90,62 @@ def test_profile_then_slice(folder):
     assert "samples per class: cat 11, dog 9, owl 7" in result.stdout
     profile = Profile.load(folder / "out" / "profile.safetensors")
     assert profile.class_names == ("cat", "dog", "owl")
-    assert [p.name for p in (folder / "out").iterdir()] == ["profile.safetensors"]
+    assert {p.name for p in (folder / "out").iterdir()} == {"profile.safetensors", "task.json"}
     result = run(folder, "slice", "out", "--threshold", "0.8")
     assert result.returncode == 0, result.stderr
     assert "semantic components" in result.stdout
     slicing = SemanticSlicing.load(folder / "out" / "slice.safetensors")
     assert slicing.threshold == 0.8
+
+
+def sliced(folder):
+    for command in (("profile", "task.py", "-o", "out"), ("slice", "out")):
+        assert run(folder, *command).returncode == 0
+
+
+@pytest.mark.slow
+def test_readapt(folder):
+    """In a folder that was moved since, with the task file."""
+    sliced(folder)
+    moved = folder / "moved"
+    moved.mkdir()
+    for name in ("task.py", "out"):
+        (folder / name).rename(moved / name)
+    result = run(moved, "readapt", "out", "--budget", "0.5", "--epochs", "2", "--replay")
+    assert result.returncode == 0, result.stderr
+    for text in ("neurons tuned", "steps per second", "old samples", "delta.safetensors"):
+        assert text in result.stdout
+    assert {p.name for p in (moved / "out").iterdir()} == {
+        *("profile.safetensors", "slice.safetensors", "task.json"),
+        *("model.safetensors", "delta.safetensors"),
+    }
+    task = remembered(moved / "out")
+    model = task.model()
+    Delta.load(moved / "out" / "delta.safetensors").apply(model)
+    with safe_open(moved / "out" / "model.safetensors", "pt") as file:
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, file.get_tensor(name))
+
+
+@pytest.mark.slow
+def test_readapt_continues_after_an_interrupt(folder):
+    """Killed in the third epoch; what follows ends as one that was not killed."""
+    sliced(folder)
+    slow = TASK.replace("def new():", "def quick():") + SLOW
+    (folder / "task.py").write_text(slow)
+    process = start(folder, "readapt", "out", "--epochs", "3")
+    assert process.stdout.readline() == "ready\n"
+    os.kill(process.pid, signal.SIGKILL)
+    finish(process)
+    assert (folder / "out" / "readapt-checkpoint.safetensors").exists()
+    (folder / "task.py").write_text(TASK)
+    deltas = []
+    for _ in range(2):
+        result = run(folder, "readapt", "out", "--epochs", "3")
+        assert result.returncode == 0, result.stderr
+        assert not (folder / "out" / "readapt-checkpoint.safetensors").exists()
+        deltas.append((folder / "out" / "delta.safetensors").read_bytes())
+    assert deltas[0] == deltas[1]
 
 
 @pytest.mark.slow
@@ -112,6 +190,7 @@ def test_ranks_give_the_profile_of_one_process(folder):
         ),
         (None, ("profile", "task.py", "--metric", "sum"), "metrics must be among"),
         (None, ("slice", "nowhere"), "profile.safetensors: no such file"),
+        (None, ("readapt", "nowhere"), "task.json: no such file; neusemslice profile writes it"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(folder, source, command, message):
@@ -125,5 +204,5 @@ def test_what_is_wrong_is_one_sentence(folder, source, command, message):
 
 def test_help_lists_the_commands(folder):
     shown = run(folder, "--help").stdout
-    for command in ("demo", "profile", "slice"):
+    for command in ("demo", "profile", "slice", "readapt"):
         assert command in shown

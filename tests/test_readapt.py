@@ -5,8 +5,14 @@ import copy
 import pytest
 import torch
 from models import IMAGES, Mlp, loader, settled
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import neusemslice as nss
+from neusemslice.graph import Inputs
+from neusemslice.maintain import Delta, score
+from neusemslice.maintain.drift import neuron_drift
+from neusemslice.maintain.holdout import held_out
 
 BATCHES = loader(96)
 SHIFTED = [(x * 1.5 + 0.7, y) for x, y in BATCHES]
@@ -17,19 +23,31 @@ def made(name="residual", threshold=0.9):
     return model, nss.slice(nss.profile(model, BATCHES), threshold=threshold)
 
 
+def tuned_rows(result):
+    """Dimension and rows of each tuned tensor; the output layer is tuned whole."""
+    found = {}
+    owners = {id(p): n for n, p in result.model.named_parameters()}
+    for group in result.tuned.parameters(result.model):
+        for p, dim, rows in zip(group["params"], group["neuron_dims"], group["rows"], strict=True):
+            found[owners[id(p)]] = (dim, rows)
+    for name in result.tuned.graph.outputs:
+        for key, p in result.model.get_submodule(name).named_parameters():
+            found[f"{name}.{key}"] = (0, torch.arange(len(p)))
+    return found
+
+
 @pytest.mark.parametrize("name", IMAGES)
 def test_everything_outside_the_tuned_rows_keeps_its_bits(name):
     model, slicing = made(name)
     before = copy.deepcopy(model.state_dict())
-    result = nss.readapt(model, slicing, SHIFTED, budget=0.4, epochs=2, weight_decay=0.1)
+    result = nss.readapt(
+        model, slicing, SHIFTED, budget=0.4, epochs=2, weight_decay=0.1, validation=None
+    )
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), f"the given model's {key} changed"
     after = result.model.state_dict()
-    owners = {id(p): n for n, p in result.model.named_parameters()}
-    tuned = {}
-    for group in result.tuned.parameters(result.model):
-        for p, dim, rows in zip(group["params"], group["neuron_dims"], group["rows"], strict=True):
-            tuned[owners[id(p)]] = (dim, rows)
+    assert after.keys() == before.keys()
+    tuned = tuned_rows(result)
     moved = 0
     for key, value in after.items():
         expected = before[key]
@@ -41,18 +59,52 @@ def test_everything_outside_the_tuned_rows_keeps_its_bits(name):
     assert moved == len(tuned) > 0
 
 
+@pytest.mark.parametrize("name", IMAGES)
+@pytest.mark.parametrize("recalibrate", [False, True])
+def test_the_delta_turns_the_given_model_into_the_result_and_back(name, recalibrate, tmp_path):
+    model, slicing = made(name)
+    result = nss.readapt(
+        model, slicing, SHIFTED, 0.4, epochs=2, recalibrate=recalibrate, validation=None
+    )
+    delta = Delta.load(result.delta.save(tmp_path / "delta.safetensors"))
+    before = copy.deepcopy(model.state_dict())
+    delta.apply(model)
+    for key, value in result.model.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    delta.remove(model)
+    for key, value in before.items():
+        assert torch.equal(model.state_dict()[key], value), key
+    tuned = tuned_rows(result)
+    statistics = {key for key, _ in model.named_buffers()}
+    for key, rows in delta.rows.items():
+        if key in tuned:
+            assert set(rows.tolist()) <= set(tuned[key][1].tolist())
+        else:
+            assert recalibrate
+            assert key in statistics
+
+
+def test_the_delta_is_as_large_as_the_tuned_rows():
+    model, slicing = made()
+    for budget in (0.1, 0.3, 0.6):
+        result = nss.readapt(model, slicing, SHIFTED, budget, epochs=1, validation=None)
+        rows = sum(len(rows) for _, rows in tuned_rows(result).values())
+        assert result.delta.nbytes <= 4 * result.report.tuned_parameters + 8 * rows
+
+
 def test_it_fits_the_new_samples():
     model, slicing = made("lenet")
-
-    def loss(module):
-        with torch.no_grad():
-            return sum(
-                torch.nn.functional.cross_entropy(module(x), y, reduction="sum") for x, y in SHIFTED
-            )
-
-    result = nss.readapt(model, slicing, SHIFTED, budget=0.5, epochs=25, lr=1e-2)
-    assert loss(result.model) < 0.8 * loss(model)
-    assert result.report.training.losses[-1] < result.report.training.losses[0]
+    result = nss.readapt(
+        model, slicing, SHIFTED, 0.5, epochs=25, lr=1e-2, validation=None, old=BATCHES
+    )
+    assert score(result.model, SHIFTED, "test").loss < 0.8 * score(model, SHIFTED, "test").loss
+    report = result.report
+    assert report.training.losses[-1] < report.training.losses[0]
+    assert report.old_before == score(model, BATCHES, "test")
+    assert report.old_after == score(result.model, BATCHES, "test")
+    assert report.new_before is None
+    assert report.new_after is None
+    assert report.best_epoch == 25
 
 
 def test_the_budget_is_kept_and_used():
@@ -66,25 +118,62 @@ def test_the_budget_is_kept_and_used():
         assert result.report.tuned_neurons == len(result.tuned) / neurons
 
 
-def test_components_are_tuned_in_the_order_of_their_drift():
+def test_of_the_components_that_moved_the_first_neurons_are_tuned():
     model, slicing = made()
-    report = nss.readapt(model, slicing, SHIFTED, budget=0.5, epochs=1).report
-    drifts = [report.drift[c] for c in report.components]
-    assert drifts == sorted(report.drift, reverse=True)[: len(drifts)]
+    some = [(torch.where((y == 1).view(-1, 1, 1, 1), 3 * x, x), y) for x, y in BATCHES]
+    result = nss.readapt(model, slicing, some, budget=0.3, epochs=1, validation=None)
+    drift = torch.tensor(result.report.drift)
+    moved = drift >= 0.5 * drift.mean()
+    assert 0 < int(moved.sum()) < len(drift)
+    assert all(moved[c] for c in result.report.components)
+    drifts = [result.report.drift[c] for c in result.report.components]
+    assert drifts == sorted(drifts, reverse=True)
+    left = len(result.tuned)
+    for site in slicing.profile.graph.sites:
+        component = slicing.components[site.name]
+        wanted = (component >= 0) & moved[component]
+        tuned = result.tuned.mask(site.name)
+        assert not bool((tuned & ~wanted).any())
+        assert int(tuned.sum()) == min(left, int(wanted.sum()))
+        left -= int(tuned.sum())
+
+
+def test_drift_is_the_distance_of_normal_distributions():
+    """Recomputed from single activations in float64."""
+    model, slicing = made("lenet")
+    new = nss.profile(model, SHIFTED, ("avg",))
+    found = neuron_drift(slicing, new)
+    site = slicing.profile.graph.sites[0]
+    reader = model[2]  # the pool after the first activation; its reader is the next convolution
+    pooled = {}
+    for name, batches in (("old", BATCHES), ("new", SHIFTED)):
+        with torch.no_grad():
+            a = torch.cat([reader(model[1](model[0](x))).double().mean((2, 3)) for x, _ in batches])
+        pooled[name] = a
+    y = torch.cat([labels for _, labels in BATCHES])
+    sigma = pooled["old"].std(0, correction=0)
+    moved = []
+    for k in range(4):
+        old, after = (pooled[name][y == k] for name in ("old", "new"))
+        shift = after.mean(0) - old.mean(0)
+        wider = after.std(0, correction=0) - old.std(0, correction=0)
+        moved.append((shift**2 + wider**2).sqrt() / sigma)
+    p = slicing.shares[site.name]
+    expected = (p * torch.stack(moved)).sum(0) / p.sum(0)
+    torch.testing.assert_close(found[site.name], expected, rtol=1e-5, atol=1e-7)
 
 
 def test_drift_is_zero_on_the_old_samples():
     model, slicing = made()
-    report = nss.readapt(model, slicing, BATCHES, budget=0.2, epochs=1).report
+    report = nss.readapt(model, slicing, BATCHES, 0.2, epochs=1, validation=None).report
     assert max(report.drift) == 0
 
 
 def test_optimizer_state_is_that_of_the_tuned_rows():
     model, slicing = made()
     result = nss.readapt(model, slicing, SHIFTED, budget=0.3, epochs=1)
-    elements = result.report.tuned_parameters
-    rows = sum(len(r) for g in result.tuned.parameters(result.model) for r in g["rows"])
-    assert result.report.training.optimizer_bytes == 4 * (2 * elements + rows)
+    rows = sum(len(rows) for _, rows in tuned_rows(result).values())
+    assert result.report.training.optimizer_bytes == 4 * (2 * result.report.tuned_parameters + rows)
 
 
 def test_the_same_result_twice():
@@ -92,6 +181,86 @@ def test_the_same_result_twice():
     one, two = (nss.readapt(model, slicing, SHIFTED, budget=0.3, epochs=2) for _ in range(2))
     for key, value in one.model.state_dict().items():
         assert torch.equal(value, two.model.state_dict()[key])
+
+
+class TestValidation:
+    def test_the_best_state_is_kept(self):
+        """Steps that are far too large: no epoch is better than the model as it was."""
+        model, slicing = made()
+        result = nss.readapt(model, slicing, BATCHES, 0.5, epochs=9, lr=30.0, validation=SHIFTED)
+        report = result.report
+        assert report.new_after == score(result.model, SHIFTED, "test")
+        assert report.new_after.accuracy >= report.new_before.accuracy
+        assert report.best_epoch == 0
+        assert len(report.training.losses) == 3
+        assert result.delta.nbytes == 0
+
+    def test_a_share_is_held_out_by_content(self):
+        """Shuffled anew in each pass, the same samples are seen in training."""
+        x, y = (torch.cat(parts) for parts in zip(*SHIFTED, strict=True))
+        seen = set()
+
+        class Spy(nn.Module):
+            def __init__(self, model):
+                super().__init__()
+                self.model = model
+
+            def forward(self, x):
+                if torch.is_grad_enabled():
+                    seen.update(row.numpy().tobytes() for row in x)
+                return self.model(x)
+
+        model = Spy(settled(IMAGES["residual"](), 1, 8, 8))
+        slicing = nss.slice(nss.profile(model, BATCHES), threshold=0.9)
+        seen.clear()
+        shuffled = DataLoader(TensorDataset(x, y), 7, shuffle=True)
+        nss.readapt(model, slicing, shuffled, 0.5, epochs=3, validation=0.25)
+        held = held_out(Inputs((x,)), 0.25)
+        assert 8 < int(held.sum()) < 40
+        assert seen == {row.numpy().tobytes() for row in x[~held]}
+
+    def test_old_samples_join_the_batches_and_are_held_out_too(self):
+        model, slicing = made()
+        options = {"epochs": 2, "validation": 0.25, "old": BATCHES}
+        alone = nss.readapt(model, slicing, SHIFTED, 0.5, **options)
+        mixed = nss.readapt(model, slicing, SHIFTED, 0.5, **options, replay=True)
+        assert alone.report.old_before.samples == 96
+        assert 8 < mixed.report.old_before.samples < 40
+        assert mixed.report.training.steps == alone.report.training.steps
+        assert mixed.report.training.losses != alone.report.training.losses
+
+
+class TestRecalibration:
+    def test_statistics_are_those_of_the_new_samples(self):
+        model, slicing = made()
+        result = nss.readapt(
+            model, slicing, SHIFTED, 0.3, epochs=1, validation=None, recalibrate=True
+        )
+        stem = result.model.stem_bn
+        outputs = [model.stem(x).double() for x, _ in SHIFTED]
+        mean = torch.stack([z.mean((0, 2, 3)) for z in outputs]).mean(0)
+        var = torch.stack([z.transpose(0, 1).flatten(1).var(1) for z in outputs]).mean(0)
+        torch.testing.assert_close(stem.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stem.running_var.double(), var, rtol=1e-4, atol=1e-5)
+        assert stem.momentum == model.stem_bn.momentum
+        assert torch.equal(stem.num_batches_tracked, model.stem_bn.num_batches_tracked)
+        assert not stem.training
+
+    def test_an_error_leaves_them_alone(self):
+        from neusemslice.maintain import recalibrate
+
+        model, _ = made()
+        before = copy.deepcopy(model.state_dict())
+
+        def broken():
+            yield from SHIFTED[:3]
+            raise OSError("gone")
+
+        with pytest.raises(OSError, match="gone"):
+            recalibrate(model, broken())
+        for key, value in before.items():
+            assert torch.equal(model.state_dict()[key], value), key
+        assert not any(module.training for module in model.modules())
 
 
 class TestRefusals:
@@ -121,6 +290,25 @@ class TestRefusals:
             ValueError, match="new samples have NaN or infinite activations at stem"
         ):
             nss.readapt(model, slicing, bad)
+
+    @pytest.mark.parametrize("bad", [0.0, 1.0, -0.5, float("nan"), 2])
+    def test_a_share_that_is_none(self, bad):
+        model, slicing = made()
+        with pytest.raises(ValueError, match=r"validation must be a share in \(0, 1\), a loader"):
+            nss.readapt(model, slicing, SHIFTED, validation=bad)
+
+    @pytest.mark.parametrize(("share", "word"), [(1e-9, "none"), (1 - 1e-9, "all")])
+    def test_a_share_that_leaves_nothing(self, share, word):
+        model, slicing = made()
+        with pytest.raises(ValueError, match=rf"validation=\S+ holds {word} of the samples"):
+            nss.readapt(model, slicing, SHIFTED, validation=share)
+
+    def test_replay_and_patience(self):
+        model, slicing = made()
+        with pytest.raises(ValueError, match="replay needs old samples"):
+            nss.readapt(model, slicing, SHIFTED, replay=True)
+        with pytest.raises(ValueError, match="patience must be at least 1, got 0"):
+            nss.readapt(model, slicing, SHIFTED, patience=0)
 
     def test_epochs(self):
         model, slicing = made()

@@ -42,10 +42,14 @@ class Inputs:
 
     def head(self, samples: int) -> Inputs:
         """The first ``samples`` of the batch."""
+        return self.take(slice(samples))
+
+    def take(self, samples: slice | Tensor) -> Inputs:
+        """Some samples of the batch, by a slice, indices or a bool mask."""
         size = self.samples
 
         def cut(tensor: Tensor) -> Tensor:
-            return tensor[:samples] if tensor.ndim and tensor.shape[0] == size else tensor
+            return tensor[samples] if tensor.ndim and tensor.shape[0] == size else tensor
 
         return self._map(cut)
 

@@ -1,20 +1,24 @@
 """From a slice to a restructured, re-adapted or extended model."""
 
 from neusemslice.maintain.cost import Cost, latency, measure, parameter_count
+from neusemslice.maintain.delta import Delta
 from neusemslice.maintain.extend import Extended, ExtendReport, extend
 from neusemslice.maintain.readapt import Readapted, ReadaptReport, readapt
+from neusemslice.maintain.recalibration import recalibrate
 from neusemslice.maintain.restructure import Restructured, RestructureReport, restructure
 from neusemslice.maintain.tasks import Task, TaskModel
-from neusemslice.maintain.training import Training, fit
+from neusemslice.maintain.training import Score, Training, fit, score
 
 __all__ = [
     "Cost",
+    "Delta",
     "ExtendReport",
     "Extended",
     "ReadaptReport",
     "Readapted",
     "RestructureReport",
     "Restructured",
+    "Score",
     "Task",
     "TaskModel",
     "Training",
@@ -24,5 +28,7 @@ __all__ = [
     "measure",
     "parameter_count",
     "readapt",
+    "recalibrate",
     "restructure",
+    "score",
 ]

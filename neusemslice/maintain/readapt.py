@@ -1,23 +1,37 @@
 """Re-adaptation: fit new samples by tuning critical neurons only.
 
-The new samples are profiled, semantic components are ranked by how far their class means moved,
-and the critical neurons of the first components, up to the budget, are tuned. Nothing else changes
-by a bit: not a weight outside their rows, not a running statistic, whatever weight decay does.
+The new samples are profiled, semantic components are ranked by how far their class statistics
+moved, and of those that moved, critical neurons up to the budget are tuned, together with the
+output layer, which is no neuron's; ``neusemslice.maintain.drift`` has the formula and says which.
+Gradients, optimizer state and best state are those of tuned rows. Nothing else changes by a bit:
+not a weight outside these rows and, unless batch norms are to be recalibrated, not a running
+statistic.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+import math
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from neusemslice.maintain.training import Training, fit
-from neusemslice.optim import MaskedAdamW
-from neusemslice.profiling import Profile, profile
+from neusemslice._progress import length
+from neusemslice.graph import device_of
+from neusemslice.maintain.checkpointing import Checkpoint, Keeper, RandomState
+from neusemslice.maintain.delta import Delta, digest_of
+from neusemslice.maintain.drift import choose, component_drift, neuron_drift
+from neusemslice.maintain.holdout import Part
+from neusemslice.maintain.recalibration import recalibrate as recalibrate_norms
+from neusemslice.maintain.training import Score, Training, fit, score
+from neusemslice.optim import MaskedAdamW, row_gradients
+from neusemslice.profiling import profile
 from neusemslice.slicing import SemanticSlicing, Slice
 
 
@@ -27,10 +41,14 @@ class ReadaptReport:
 
     Attributes:
         tuned_neurons: share of the model's neurons that were tuned.
-        tuned_parameters: number of parameters that were tuned.
-        components: the tuned semantic components, the one that moved farthest first.
-        drift: per component, the mean shift of its neurons' class means in standard deviations.
+        tuned_parameters: number of parameters that were tuned, the output layer's included.
+        components: those that tuned neurons are of, the one that moved farthest first.
+        drift: of all components, by their numbers; see ``neusemslice.maintain.drift``.
         training: steps, seconds, losses and bytes of optimizer state.
+        best_epoch: whose state was kept: the last one's without validation, 0 if no epoch was
+            better than none.
+        new_before, new_after: scores on the validation samples; ``None`` without them.
+        old_before, old_after: scores on the old samples; ``None`` without them.
     """
 
     tuned_neurons: float
@@ -38,14 +56,27 @@ class ReadaptReport:
     components: tuple[int, ...]
     drift: tuple[float, ...]
     training: Training
+    best_epoch: int
+    new_before: Score | None
+    new_after: Score | None
+    old_before: Score | None
+    old_after: Score | None
 
 
 @dataclass(frozen=True)
 class Readapted:
-    """The model that fits the new samples, the slice that was tuned, and the report."""
+    """What re-adaptation gives.
+
+    Attributes:
+        model: fits the new samples.
+        tuned: the neurons that were tuned.
+        delta: turns the given model into this one, and back.
+        report: what was done.
+    """
 
     model: nn.Module
     tuned: Slice
+    delta: Delta
     report: ReadaptReport
 
 
@@ -55,112 +86,198 @@ def readapt(
     loader: Iterable[Any],
     budget: float = 0.2,
     *,
+    validation: float | Iterable[Any] | None = 0.1,
+    old: Iterable[Any] | None = None,
+    replay: bool = False,
+    recalibrate: bool = False,
     epochs: int = 5,
+    patience: int = 3,
     lr: float = 3e-3,
     weight_decay: float = 1e-2,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Readapted:
     """Tunes the critical neurons that the new samples moved most, on a copy of the model.
 
     Args:
         model: the one that the slicing was made from; it is left as it was.
-        slicing: from ``neusemslice.slice``.
-        loader: new samples, passed over once to profile them and once per epoch.
-        budget: share of the model's neurons that may be tuned.
+        slicing: from ``neusemslice.slice``, of the old samples.
+        loader: new samples, passed over before the first epoch, to profile them (of a long loader
+            every n-th batch), and once or twice per epoch.
+        budget: share of the model's neurons that may be tuned; never exceeded.
+        validation: after each epoch the model is scored on these samples, and the best state is
+            kept. A share in (0, 1) of the new samples, which are then not trained on, chosen by
+            their content (so the loader may shuffle, but not change them); a loader of others; or
+            ``None``, and the last state is kept.
+        old: samples that the model knew before, to score it with before and after.
+        replay: trains on old samples too: each batch of new ones is one with a batch of them. A
+            share for ``validation`` is held out of them as well.
+        recalibrate: first computes the running statistics of batch norms anew from the new
+            samples. They change for all neurons then, and are part of the delta.
         epochs, lr, weight_decay: of the training with ``MaskedAdamW``; ``lr`` falls to 0.
+        patience: epochs in a row that are no better after which it ends.
+        checkpoint: a file that keeps the work so far, written atomically about every half minute.
+            If it exists, the call continues behind it and ends with the same bits as one that was
+            not interrupted, if the loaders give the same batches in the same order when torch's
+            random state and their ``generator`` are the same. It is removed at the end.
 
     Raises:
-        ValueError: for a slicing of another model, a budget outside (0, 1] or below one neuron,
-            or new samples with NaN or infinite activations.
+        ValueError: for a slicing of another model, a budget outside (0, 1] or below one neuron, a
+            validation share that holds none or all of the samples out, ``replay`` without old
+            samples, new samples with NaN or infinite activations, or a checkpoint of another call.
     """
-    if not 0 < budget <= 1:
-        raise ValueError(f"readapt: budget must lie in (0, 1], got {budget}")
     critical = slicing.critical_slice()
     critical.check_model(model)
-    allowed = int(budget * critical.graph.neurons)
-    if allowed < 1:
-        raise ValueError(
-            f"readapt: budget {budget} of {critical.graph.neurons} neurons is less than one"
-        )
+    _check_options(critical, budget, validation, old, replay, patience)
+    new, held = _divided(loader, validation)
+    known, along = old, None
+    if old is not None and replay:
+        along, known = _divided(old, validation if isinstance(validation, float) else old)
+    run = Checkpoint(
+        None if checkpoint is None else Path(checkpoint),
+        {
+            "weights": digest_of(model),
+            "critical neurons": critical.digest,
+            "budget": budget,
+            "validation": validation if isinstance(validation, float) else held is not None,
+            "replay": replay,
+            "recalibrate": recalibrate,
+            "epochs": epochs,
+            "patience": patience,
+            "lr": lr,
+            "weight_decay": weight_decay,
+        },
+    )
     adapted = copy.deepcopy(model)
-    new = profile(
+    random = RandomState((loader, old), device_of(model))
+    if not run.read("readapt"):
+        _prepare(run, adapted, slicing, budget, new, held, known, recalibrate)
+        run.put("now", random.get())
+        run.write()
+    tuned = Slice(critical.graph, {n: t.clone() for n, t in run.part("tuned").items()})
+    adapted.load_state_dict(run.part("statistics"), strict=False)
+    groups = tuned.parameters(adapted)
+    heads = [p for name in tuned.graph.outputs for p in adapted.get_submodule(name).parameters()]
+    names = {id(parameter): name for name, parameter in adapted.named_parameters()}
+    dims = {
+        names[id(parameter)]: dim
+        for parameter, dim in zip(groups[0]["params"], groups[0]["neuron_dims"], strict=True)
+    }
+    with row_gradients(adapted, [*groups, {"params": heads}]) as rows:
+        optimizer = MaskedAdamW(rows.groups(), lr=lr, weight_decay=weight_decay)
+        keeper = Keeper(
+            rows.parameters(),
+            optimizer,
+            random,
+            None if held is None else partial(score, adapted, held, "readapt"),
+            patience,
+            run,
+        )
+        training = fit(adapted, new, optimizer, epochs, what="readapt", along=along, watcher=keeper)
+        keeper.restore_best()
+        tuned_parameters = sum(leaf.numel() for leaf in rows.parameters())
+    before = run.content["before"]
+    report = ReadaptReport(
+        tuned_neurons=tuned.density,
+        tuned_parameters=tuned_parameters,
+        components=tuple(run.content["components"]),
+        drift=tuple(run.content["drift"]),
+        training=training,
+        best_epoch=keeper.best_epoch if held is not None else len(training.losses),
+        new_before=_score_of(before["new"]),
+        new_after=keeper.best,
+        old_before=_score_of(before["old"]),
+        old_after=None if known is None else score(adapted, known, "readapt"),
+    )
+    delta = Delta.between(model, adapted, dims)
+    run.remove()
+    return Readapted(adapted, tuned, delta, report)
+
+
+def _check_options(
+    critical: Slice,
+    budget: float,
+    validation: float | Iterable[Any] | None,
+    old: Iterable[Any] | None,
+    replay: bool,
+    patience: int,
+) -> None:
+    if not 0 < budget <= 1:
+        raise ValueError(f"readapt: budget must lie in (0, 1], got {budget}")
+    neurons = critical.graph.neurons
+    if int(budget * neurons) < 1:
+        raise ValueError(f"readapt: budget {budget} of {neurons} neurons is less than one")
+    if isinstance(validation, int | float) and not 0 < validation < 1:
+        raise ValueError(
+            f"readapt: validation must be a share in (0, 1), a loader or None, got {validation}"
+        )
+    if replay and old is None:
+        raise ValueError("readapt: replay needs old samples, got old=None")
+    if patience < 1:
+        raise ValueError(f"readapt: patience must be at least 1, got {patience}")
+
+
+def profiled_batches(batches: int) -> int:
+    """How many of a loader's batches are profiled: every n-th, so that 64 to 127 are, or all."""
+    return math.ceil(batches / max(1, batches // 64))
+
+
+def _sample(loader: Iterable[Any]) -> Iterable[Any]:
+    """The batches that are profiled, spread over the loader's whole length."""
+    count = length(loader)
+    if count is None or count < 128:
+        return loader
+    return itertools.islice(loader, 0, None, count // 64)
+
+
+def _divided(
+    loader: Iterable[Any], validation: float | Iterable[Any] | None
+) -> tuple[Iterable[Any], Iterable[Any] | None]:
+    """What is trained on, and what is scored."""
+    if not isinstance(validation, float):
+        return loader, validation
+    part = partial(Part, loader, validation, caller="readapt")
+    return part(held=False), part(held=True)
+
+
+def _prepare(
+    run: Checkpoint,
+    adapted: nn.Module,
+    slicing: SemanticSlicing,
+    budget: float,
+    new: Iterable[Any],
+    held: Iterable[Any] | None,
+    known: Iterable[Any] | None,
+    recalibrate: bool,
+) -> None:
+    """What is done once, before the first step; leaves its outcome in the checkpoint."""
+    found = profile(
         adapted,
-        loader,
+        _sample(new),
         ("avg",),
         num_classes=slicing.profile.num_classes,
         class_names=slicing.profile.class_names,
+        checkpoint=None if run.path is None else run.path.with_name(f"{run.path.name}.profile"),
     )
-    if bad := new.nonfinite():
+    if bad := found.nonfinite():
         listed = ", ".join(f"{name} ({count})" for name, count in bad.items())
         raise ValueError(f"readapt: the new samples have NaN or infinite activations at {listed}")
-    drift = _drift(slicing, new)
-    tuned, components = _choose(slicing, drift, allowed)
-    groups = tuned.parameters(adapted)
-    optimizer = MaskedAdamW(groups, lr=lr, weight_decay=weight_decay)
-    training = fit(adapted, loader, optimizer, epochs, what="readapt")
-    tuned_parameters = sum(
-        parameter.numel() // parameter.shape[dim] * len(rows)
-        for group in groups
-        for parameter, dim, rows in zip(
-            group["params"], group["neuron_dims"], group["rows"], strict=True
-        )
-    )
-    report = ReadaptReport(
-        tuned.density, tuned_parameters, tuple(components), tuple(drift.tolist()), training
-    )
-    return Readapted(adapted, tuned, report)
+    drift = neuron_drift(slicing, found)
+    of_components = component_drift(slicing, drift)
+    tuned, components = choose(slicing, of_components, int(budget * found.graph.neurons))
+    scores = {
+        name: None if loader is None else asdict(score(adapted, loader, "readapt"))
+        for name, loader in (("new", held), ("old", known))
+    }
+    if recalibrate:
+        recalibrate_norms(adapted, _sample(new))
+        run.put("statistics", dict(adapted.named_buffers()))
+    run.put("tuned", tuned.masks())
+    run.content = {
+        "components": components,
+        "drift": of_components.tolist(),
+        "before": scores,
+    }
 
 
-def _drift(slicing: SemanticSlicing, new: Profile) -> Tensor:
-    """How far each component's class means moved, float64 ``[components]``.
-
-    The shift of a neuron in a class is in units of its spread over the old samples of all classes,
-    weighted by its share in the class, and averaged over the classes that both profiles have seen.
-    """
-    old = slicing.profile
-    seen = (old.samples > 0) & (new.samples > 0)
-    total = torch.zeros(slicing.num_components, dtype=torch.float64)
-    count = torch.zeros(slicing.num_components, dtype=torch.float64)
-    for site in old.graph.sites:
-        before, after = old.activations[site.name], new.activations[site.name]
-        assert before.mean is not None
-        assert after.mean is not None
-        weight = (before.count / before.count.sum()).unsqueeze(1)
-        centre = (weight * before.mean).sum(0)
-        spread = (weight * (before.variance() + (before.mean - centre) ** 2)).sum(0).sqrt()
-        moved = (after.mean - before.mean).abs() / spread.clamp_min(1e-12)
-        p = slicing.shares[site.name]
-        shift = (p[seen] * moved.cpu()[seen]).sum(0) / p[seen].sum(0).clamp_min(1e-300)
-        shift = torch.where(spread.cpu() > 0, shift, 0.0)
-        component = slicing.components[site.name]
-        critical = component >= 0
-        total.index_add_(0, component[critical], shift[critical])
-        count.index_add_(0, component[critical], torch.ones_like(shift[critical]))
-    return total / count.clamp_min(1)
-
-
-def _choose(slicing: SemanticSlicing, drift: Tensor, allowed: int) -> tuple[Slice, list[int]]:
-    """Whole components in the order of their drift; the last one by the shares of its neurons."""
-    graph = slicing.profile.graph
-    chosen = Slice(graph, {})
-    used: list[int] = []
-    for component in drift.sort(descending=True, stable=True).indices.tolist():
-        room = allowed - len(chosen)
-        if room <= 0:
-            break
-        members = slicing.component_slice(component)
-        if len(members) > room:
-            members = _heaviest(slicing, members, room)
-        chosen = chosen | members
-        used.append(component)
-    return chosen, used
-
-
-def _heaviest(slicing: SemanticSlicing, members: Slice, count: int) -> Slice:
-    masks = members.masks()
-    weight = torch.cat(
-        [torch.where(mask, slicing.importance(name), -1.0) for name, mask in masks.items()]
-    )
-    best = torch.zeros_like(weight, dtype=torch.bool)
-    best[weight.sort(descending=True, stable=True).indices[:count]] = True
-    parts = best.split([len(mask) for mask in masks.values()])
-    return Slice(members.graph, dict(zip(masks, parts, strict=True)))
+def _score_of(found: dict[str, Any] | None) -> Score | None:
+    return None if found is None else Score(**found)

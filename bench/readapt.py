@@ -1,0 +1,386 @@
+"""Re-adaptation to a real shift: networks of the original CIFAR-10 meet its JPEGs.
+
+python -m bench.readapt            everything, writes bench/results/readapt.{md,json}; hours
+python -m bench.readapt --quick    few images and steps, one seed, nothing written; under a minute
+
+Each method takes the same steps (AdamW, batches of 128 augmented images, learning rate falling
+linearly to 0) and chooses its learning rate, and whether it keeps the running statistics of batch
+norms or takes those of the new images, from the same grid with the same number of short runs on
+the smaller network; these are judged on training images that no run trains on. Test images are
+looked at once, after the last step.
+
+Every finished run is kept in ``build/readapt.json``: an interrupted study goes on behind it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+import neusemslice as nss
+from bench import cifar
+from bench.report import Column, Ratio, Result, Section, Target
+from bench.tuning import (
+    BUDGET,
+    DECAY,
+    METHODS,
+    Stream,
+    network,
+    observe,
+    random_neurons,
+    right,
+    some,
+    step,
+    tuning,
+)
+from neusemslice.maintain import fit, recalibrate
+from neusemslice.maintain.drift import choose, component_drift, neuron_drift
+from neusemslice.maintain.readapt import profiled_batches
+
+KEPT = Path(__file__).parents[1] / "build" / "readapt.json"
+COLUMNS = (
+    Column("seeds", "seeds", "number"),
+    Column("mean", "accuracy %", "number", in_summary=True),
+    Column("std", "± std", "number"),
+    Column("against_full", "− full, points", "number", in_summary=True),
+    Column("lost", "lost to fewer samples, points", "number", in_summary=True),
+    Column("flips", "once right, now wrong %", "number"),
+    Column("neurons", "neurons tuned %", "number"),
+    Column("parameters", "parameters tuned", "number"),
+    Column("rate", "learning rate", "text"),
+    Column("norms", "running statistics", "text"),
+    Column("vs_full", "step, full ×", "times", in_summary=True),
+    Column("run_vs_full", "run, full ×", "times", in_summary=True),
+)
+NOTE = (
+    "Test accuracy after tuning, mean and standard deviation over seeds. “Lost to fewer samples”: "
+    "how far the accuracy with 1,000 new samples is below that with all 50,000. “Once right, now "
+    "wrong”: share of the test images that the untuned network had right. “Full ×”: how many times "
+    "longer full fine-tuning takes, steps interleaved; “run” counts the profile too. The original "
+    "images are not at hand, so the old profile is that of the same network with batch norms "
+    "recalibrated to the JPEGs: what it would see if they met the statistics that they remember."
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One experiment: a network, how many new samples there are, and for how many steps."""
+
+    network: str
+    samples: int
+    steps: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.network}, {self.samples:,} new samples, {self.steps} steps"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method chooses on validation images."""
+
+    rate: float
+    renewed: bool
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything a study has."""
+
+    settings: tuple[Setting, ...]
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+    batch: int
+    search_steps: int
+    profiled: int
+    validation: int
+    test: int
+    rounds: int
+
+
+FULL = Size(
+    settings=(
+        Setting("ResNet-20", 50_000, 782),
+        Setting("ResNet-20", 1_000, 160),
+        Setting("ResNet-56", 50_000, 200),
+        Setting("ResNet-56", 1_000, 160),
+    ),
+    seeds=(0, 1, 2),
+    rates=(3e-4, 1e-3, 3e-3),
+    batch=128,
+    search_steps=100,
+    profiled=4_000,
+    validation=3_000,
+    test=10_000,
+    rounds=20,
+)
+QUICK = Size(
+    settings=(Setting("ResNet-20", 500, 3), Setting("ResNet-20", 100, 2)),
+    seeds=(0,),
+    rates=(1e-3,),
+    batch=16,
+    search_steps=1,
+    profiled=250,
+    validation=100,
+    test=200,
+    rounds=2,
+)
+
+
+class Study:
+    """Runs what is not kept yet, and keeps it.
+
+    Args:
+        kept: the file; ``None`` keeps nothing.
+    """
+
+    def __init__(self, size: Size, kept: Path | None) -> None:
+        self.size, self.kept = size, kept
+        self.runs: dict[str, Any] = {}
+        if kept is not None and kept.exists():
+            self.runs = json.loads(kept.read_text())
+        images = cifar.load("train")
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        self.images = images[order]
+        self.searched = self.images[: len(images) - 5_000]
+        self.validation = self.images[len(images) - size.validation :]
+        self.test = cifar.load("test")[: size.test]
+        self._slicings: dict[str, nss.SemanticSlicing] = {}
+        self._ours: dict[str, nss.Slice] = {}
+
+    def once(self, key: str, run: Callable[[], Any]) -> Any:
+        """The outcome of a run, from the file if it is there."""
+        if key not in self.runs:
+            self.runs[key] = run()
+            print(key, json.dumps(self.runs[key]), flush=True)
+            if self.kept is not None:
+                self.kept.parent.mkdir(exist_ok=True)
+                new = self.kept.with_suffix(".new")
+                new.write_text(json.dumps(self.runs, indent=1))
+                new.rename(self.kept)
+        return self.runs[key]
+
+    def slicing(self, name: str) -> nss.SemanticSlicing:
+        """Of the network as its batch norms remember the old images."""
+        if name not in self._slicings:
+            remembering = network(name)
+            some = self.searched[: self.size.profiled].batches()
+            recalibrate(remembering, some)
+            self._slicings[name] = nss.slice(nss.profile(remembering, some), threshold=0.95)
+        return self._slicings[name]
+
+    def ours(self, name: str) -> nss.Slice:
+        """The neurons that ours tunes where there are many new images."""
+        if name not in self._ours:
+            slicing = self.slicing(name)
+            new = self.searched[: self.size.profiled].batches()
+            drift = neuron_drift(slicing, nss.profile(network(name), new, ("avg",)))
+            allowed = int(BUDGET * slicing.profile.graph.neurons)
+            self._ours[name], _ = choose(slicing, component_drift(slicing, drift), allowed)
+        return self._ours[name]
+
+    def tuned(
+        self, method: str, setting: Setting, choice: Choice, stream: Stream, seed: int
+    ) -> tuple[nn.Module, nss.Slice]:
+        """A network after tuning, and neurons: those tuned by rows, or those that ours tunes."""
+        model, slicing = network(setting.network), self.slicing(setting.network)
+        if method == "ours":
+            found = nss.readapt(
+                model,
+                slicing,
+                stream,
+                BUDGET,
+                validation=None,
+                recalibrate=choice.renewed,
+                epochs=1,
+                lr=choice.rate,
+                weight_decay=DECAY,
+            )
+            return found.model, found.tuned
+        by_rows = method == "random neurons"
+        rows = random_neurons(slicing, seed) if by_rows else self.ours(setting.network)
+        if choice.renewed and by_rows:
+            recalibrate(model, stream)
+        with tuning(method, model, rows, choice.rate) as (adapted, optimizer):
+            fit(
+                adapted,
+                stream,
+                optimizer,
+                1,
+                what=method,
+                freeze_statistics=by_rows or not choice.renewed,
+            )
+        return adapted, rows
+
+    def search(self, method: str, setting: Setting) -> Choice:
+        """The choice that is best on validation images after few steps."""
+        steps = min(self.size.search_steps, setting.steps)
+
+        def judged(choice: Choice) -> float:
+            stream = Stream(some(self.searched, setting.samples, 0), self.size.batch, steps, 0)
+            model, _ = self.tuned(method, setting, choice, stream, 0)
+            return 100 * float(right(model, self.validation).double().mean())
+
+        found = {}
+        for choice in itertools.product(self.size.rates, (False, True)):
+            chosen = Choice(*choice)
+            key = f"search {setting.samples}, {method}, {chosen}, {steps} steps"
+            found[chosen] = self.once(key, partial(judged, chosen))
+        return max(found, key=lambda chosen: found[chosen])
+
+    def measure(self, method: str, setting: Setting, choice: Choice, seed: int) -> dict[str, Any]:
+        """Test accuracy after tuning, and how much of what was right is wrong now."""
+        images = some(self.images, setting.samples, seed)
+        stream = Stream(images, self.size.batch, setting.steps, seed)
+        model, neurons = self.tuned(method, setting, choice, stream, seed)
+        before, after = right(network(setting.network), self.test), right(model, self.test)
+        return {
+            "accuracy": 100 * float(after.double().mean()),
+            "flips": 100 * float((before & ~after).double().mean()),
+            "neurons": 100 * neurons.density,
+        }
+
+    def times(self, name: str) -> dict[str, dict[str, Any]]:
+        """Per method the parameters that it trains, and how many of its steps fit into one of full.
+
+        Steps of all methods are interleaved; so are profiled batches, as ``"profile"``.
+        """
+        slicing = self.slicing(name)
+        x, y = next(iter(Stream(self.images, self.size.batch, 1, 0)))
+        runs: dict[str, Callable[[], object]] = {}
+        counts = {}
+        with ExitStack() as stack:
+            for method in METHODS:
+                by_rows = method == "random neurons"
+                neurons = random_neurons(slicing, 0) if by_rows else self.ours(name)
+                model, optimizer = stack.enter_context(tuning(method, network(name), neurons, 1e-4))
+                trained = [p for group in optimizer.param_groups for p in group["params"]]
+                for parameter in model.parameters():
+                    parameter.requires_grad_(False)
+                for parameter in trained:
+                    parameter.requires_grad_(True)
+                model.train(method in ("full", "batch norms"))
+                counts[method] = sum(p.numel() for p in trained)
+                runs[method] = partial(step, model, optimizer, x, y)
+            observed = network(name)
+            profiler = nss.Profiler(observed, x[:2], ("avg",))
+            runs["profile"] = partial(observe, observed, profiler, x, y)
+            seconds: dict[str, list[float]] = {method: [] for method in runs}
+            for run in runs.values():
+                run()
+            for _ in range(self.size.rounds):
+                for method, run in runs.items():
+                    begin = time.perf_counter()
+                    run()
+                    seconds[method].append(time.perf_counter() - begin)
+        return {
+            method: {
+                "parameters": counts.get(method),
+                "ms": 1e3 * statistics.median(seconds[method]),
+                "per_full": [
+                    full / own for full, own in zip(seconds["full"], seconds[method], strict=True)
+                ],
+            }
+            for method in runs
+        }
+
+
+def study(size: Size, kept: Path | None) -> Section:
+    """All runs, as a table."""
+    study = Study(size, kept)
+    small = size.settings[0].network
+    names = dict.fromkeys(setting.network for setting in size.settings)
+    choices, runs = {}, {}
+    for setting, method in itertools.product(size.settings, METHODS):
+        choice = study.search(method, replace(setting, network=small))
+        choices[setting, method] = choice
+        runs[setting, method] = [
+            study.once(
+                f"{setting.name}, {method}, {choice}, seed {seed}",
+                partial(study.measure, method, setting, choice, seed),
+            )
+            for seed in size.seeds
+        ]
+    times = {name: study.once(f"times {name}", partial(study.times, name)) for name in names}
+    means = {key: statistics.mean(run["accuracy"] for run in some) for key, some in runs.items()}
+    results = []
+    for setting in size.settings:
+        most = max(
+            (s for s in size.settings if s.network == setting.network), key=lambda s: s.samples
+        )
+        untuned = right(network(setting.network), study.test)
+        results.append(
+            Result(f"{setting.name}: untuned", {"mean": 100 * float(untuned.double().mean())})
+        )
+        for method in METHODS:
+            choice, found, taken = (
+                choices[setting, method],
+                runs[setting, method],
+                times[setting.network],
+            )
+            accuracies = [run["accuracy"] for run in found]
+            values = {
+                "seeds": len(found),
+                "accuracies": accuracies,
+                "mean": means[setting, method],
+                "std": statistics.stdev(accuracies) if len(found) > 1 else None,
+                "against_full": means[setting, method] - means[setting, "full"],
+                "flips": statistics.mean(run["flips"] for run in found),
+                "parameters": taken[method]["parameters"],
+                "rate": f"{choice.rate:g}",
+                "norms": "new" if choice.renewed else "kept",
+                "vs_full": Ratio.of(taken[method]["per_full"]),
+            }
+            if setting is not most:
+                values["lost"] = means[most, method] - means[setting, method]
+            if method in ("ours", "random neurons"):
+                values["neurons"] = found[0]["neurons"]
+            if method == "ours":
+                values["run_vs_full"] = Ratio.of(
+                    [
+                        setting.steps
+                        / (setting.steps / own + profiled_batches(setting.steps) / profiled)
+                        for own, profiled in zip(
+                            taken[method]["per_full"], taken["profile"]["per_full"], strict=True
+                        )
+                    ]
+                )
+            results.append(Result(f"{setting.name}: {method}", values))
+    return Section("readapt", "Re-adaptation to the JPEGs of CIFAR-10", NOTE, COLUMNS, results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few images and steps, one seed")
+    quick = parser.parse_args().quick
+    if reason := cifar.missing():
+        raise SystemExit(f"bench.readapt: {reason}")
+    section = study(QUICK if quick else FULL, None if quick else KEPT)
+    section.show(Console())
+    if not quick:
+        target = Target(
+            "readapt",
+            "Re-adaptation to a real shift",
+            "Accuracies of the test images; “full ×”: above 1 is better for us.",
+            Target.this_machine().compiler,
+            Target.this_machine().about,
+        )
+        print(f"wrote {section.write(target)}")
+    print(section.summary())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Ways to tune a network to new images: ours, and those it is compared with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import peft
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import neusemslice as nss
+from bench import cifar
+from neusemslice.optim import MaskedAdamW, row_gradients
+
+BUDGET = 0.2
+DECAY = 1e-2
+METHODS = ("ours", "full", "last layer", "random neurons", "batch norms", "LoRA")
+
+
+class Stream:
+    """A given number of augmented batches in each pass, shuffled anew whenever images run out."""
+
+    def __init__(self, images: cifar.Images, size: int, batches: int, seed: int) -> None:
+        self.images, self.size, self.batches = images, size, batches
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.zeros(0, dtype=torch.int64)
+        for _ in range(self.batches):
+            while len(order) < self.size:
+                order = torch.cat(
+                    [order, torch.randperm(len(self.images), generator=self.generator)]
+                )
+            chosen, order = self.images[order[: self.size]], order[self.size :]
+            yield cifar.normalised(cifar.augmented(chosen.pixels, self.generator)), chosen.labels
+
+
+def network(name: str) -> nn.Module:
+    """The untuned network."""
+    return cifar.trained(f"{name.lower().replace('-', '')}_cifar10")
+
+
+@contextmanager
+def tuning(
+    method: str, model: nn.Module, tuned: nss.Slice, rate: float
+) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
+    """Inside the block, a model to be trained with an optimizer, as a method does; in place."""
+    head = model.get_submodule(tuned.graph.outputs[0])
+    if method in ("ours", "random neurons"):
+        groups = [*tuned.parameters(model), {"params": list(head.parameters())}]
+        with row_gradients(model, groups) as rows:
+            yield model, MaskedAdamW(rows.groups(), lr=rate, weight_decay=DECAY)
+        return
+    if method == "LoRA":
+        adapted = lora(model, tuned)
+        chosen = [p for p in adapted.parameters() if p.requires_grad]
+    else:
+        adapted = model
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        modules = {"full": [model], "last layer": [head], "batch norms": norms}[method]
+        chosen = [p for module in modules for p in module.parameters()]
+    yield adapted, torch.optim.AdamW(chosen, lr=rate, weight_decay=DECAY, fused=True)
+
+
+def lora(model: nn.Module, tuned: nss.Slice) -> nn.Module:
+    """LoRA on every layer, of the rank whose number of parameters comes closest to ours."""
+    goal = parameters_of(model, tuned)
+    layers = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+
+    def made(rank: int) -> nn.Module:
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
+        return peft.get_peft_model(copy.deepcopy(model), config)
+
+    ranks = range(1, 17)
+    sizes = [sum(p.numel() for p in made(r).parameters() if p.requires_grad) for r in ranks]
+    return made(min(ranks, key=lambda r: abs(sizes[r - 1] - goal)))
+
+
+def parameters_of(model: nn.Module, tuned: nss.Slice) -> int:
+    """How many parameters are tuned with some neurons and the output layer."""
+    head = model.get_submodule(tuned.graph.outputs[0])
+    return sum(p.numel() for p in head.parameters()) + sum(
+        p.numel() // p.shape[dim] * len(rows)
+        for group in tuned.parameters(model)
+        for p, dim, rows in zip(group["params"], group["neuron_dims"], group["rows"], strict=True)
+    )
+
+
+def some(images: cifar.Images, count: int, seed: int) -> cifar.Images:
+    """Other images for another seed, as far as they go; all of them if there are no more."""
+    count = min(count, len(images))
+    return images[torch.arange(seed * count, (seed + 1) * count) % len(images)]
+
+
+@torch.no_grad()
+def right(model: nn.Module, images: cifar.Images) -> Tensor:
+    """Which images a model answers rightly, bool ``[N]``."""
+    model.eval()
+    return torch.cat([model(x).argmax(1) == y for x, y in images.batches()])
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def random_neurons(slicing: nss.SemanticSlicing, seed: int) -> nss.Slice:
+    """As many as ours, anywhere."""
+    graph = slicing.profile.graph
+    order = torch.randperm(graph.neurons, generator=torch.Generator().manual_seed(seed))
+    mask = torch.zeros(graph.neurons, dtype=torch.bool)
+    mask[order[: int(BUDGET * graph.neurons)]] = True
+    parts = mask.split([site.neurons for site in graph.sites])
+    return nss.Slice(graph, dict(zip((s.name for s in graph.sites), parts, strict=True)))
+
+
+@torch.no_grad()
+def observe(model: nn.Module, profiler: nss.Profiler, x: Tensor, y: Tensor) -> None:
+    with profiler.batch(y):
+        model(x)
