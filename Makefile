@@ -28,6 +28,7 @@ bench: build
 	$(BIN)/python -m bench.contribution
 	$(BIN)/python -m bench.profiler
 	$(BIN)/python -m bench.similarity
+	$(BIN)/python -m bench.slicing
 
 build: $(VENV)/.built
 

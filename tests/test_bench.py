@@ -1,11 +1,16 @@
 """What the benchmarks write."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bench import report
+from bench import mnist, report
 from bench.report import Column, Ratio, Result, Section
+from bench.slicing import Curve, compared
 
 COLUMNS = (
     Column("ms", "ms", "number"),
@@ -52,3 +57,34 @@ def test_a_section_replaces_itself_and_leaves_the_others(results):
     text = page.read_text()
     assert "## Title of a" in text
     assert "| fp32 K=10 | 1.50 | 90.0% (40.0% … 60.0%) | – | index_add_ |" in text
+
+
+class TestCurves:
+    def test_are_interpolated_between_measured_points_only(self):
+        curve = Curve.of([(0.3, 0.5), (0.1, 0.8), (0.1, 1.0)])
+        found = curve.at(np.array([0.05, 0.1, 0.2, 0.3, 0.31]))
+        np.testing.assert_allclose(found, [np.nan, 0.9, 0.7, 0.5, np.nan])
+
+    def test_are_compared_where_one_of_them_is_useful(self):
+        mine = Curve.of([(0.01, 0.9), (0.11, 0.7), (0.5, 0.1)])
+        low = Curve.of([(0.02, 0.45), (0.04, 0.45)])
+        high = Curve.of([(0.11, 1.0), (0.12, 0.01)])
+        found = compared([mine], [low], [high])
+        ratio = found["vs_global"]
+        assert ratio.median == pytest.approx(0.86 / 0.45)
+        assert found["vs_category"].low == pytest.approx(0.7)
+        assert found["below"] == "11 %"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(mnist.missing() is not None, reason=str(mnist.missing()))
+def test_the_study_of_slices_ends_with_its_summary():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.slicing", "--quick"],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert set(summary["LeNet-5, MNIST: taylor, semantic"]) == {"vs_global", "vs_category"}
