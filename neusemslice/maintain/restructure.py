@@ -3,7 +3,8 @@
 Critical neurons stay, the rest is removed. The slice is closed under coupling first (a coupled
 neuron stays if any site of its group keeps it; a group that cannot lose neurons stays whole).
 torch-pruning cuts a copy; then the copy must answer as the original does with the removed neurons
-masked, or nothing is returned.
+masked, or nothing is returned. What the removed neurons did is then made up for by those that are
+left (``maintain/compensate.py``).
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from neusemslice.graph import (
     evaluation,
     tensors_in,
 )
+from neusemslice.maintain.compensate import Refit
+from neusemslice.maintain.compensate import compensate as fit_layers
 from neusemslice.maintain.cost import Cost, measure, sliced_cost
 from neusemslice.profiling import first_inputs
 from neusemslice.slicing import SemanticSlicing, Slice
@@ -45,7 +48,10 @@ class RestructureReport:
         before, after: cost of the model; latency is on the first calibration batch.
         widths: per site, neurons before and after.
         kept_whole: per site that could not lose neurons, why.
-        difference: largest difference between pruned and masked, relative to the output's scale.
+        difference: largest difference between pruned and masked, before compensation, relative to
+            the output's scale.
+        refits: per layer that compensation fitted, the share of its answer's variance that it
+            missed before and after.
     """
 
     before: Cost
@@ -53,6 +59,7 @@ class RestructureReport:
     widths: dict[str, tuple[int, int]]
     kept_whole: dict[str, str]
     difference: float
+    refits: dict[str, Refit]
 
 
 @dataclass(frozen=True)
@@ -72,6 +79,7 @@ def restructure(
     macs: float | None = None,
     params: float | None = None,
     keep: float | None = None,
+    compensate: bool = True,
 ) -> Restructured:
     """Removes the neurons outside a slice from a copy of the model.
 
@@ -82,13 +90,19 @@ def restructure(
     Args:
         model: the one that the slicing was made from; it is left as it was.
         slicing: from ``neusemslice.slice``, or the slice to keep.
-        calibration: a loader whose first batch the result is checked with; labels are not used.
+        calibration: a loader whose first batch the result is checked with, and whose samples
+            compensation goes through once for each layer; labels are not used.
         macs, params: share of the multiply-adds or of the parameters to keep at most.
         keep: share of each group's neurons to keep.
+        compensate: whether the layers that are left are fitted, one after the other, to what the
+            whole model answers on the calibration samples, so that they make up for the neurons
+            that are gone. It needs neither labels nor training, and more rows (samples times
+            positions) than any layer has features.
 
     Raises:
         ValueError: for a slicing of another model, several targets, a target outside (0, 1], one
-            that cannot be met, or a target together with a ``Slice``.
+            that cannot be met, or a target together with a ``Slice``; for too few calibration
+            samples to compensate with, naming the layer.
         RuntimeError: if the pruned model does not answer as the masked one; the message names the
             first site that differs.
     """
@@ -115,6 +129,7 @@ def restructure(
     kept = _removable(wanted)
     pruned = prune(model, kept, inputs)
     difference = check_pruned(model, pruned, kept, inputs)
+    refits = fit_layers(model, pruned, kept, calibration) if compensate else {}
     return Restructured(
         pruned,
         kept,
@@ -124,6 +139,7 @@ def restructure(
             widths={s.name: (s.neurons, int(kept.mask(s.name).sum())) for s in graph.sites},
             kept_whole={n: g.kept_whole for g in graph.groups if g.kept_whole for n in g.sites},
             difference=difference,
+            refits=refits,
         ),
     )
 
