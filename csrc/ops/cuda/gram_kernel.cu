@@ -27,21 +27,21 @@ void gram_cuda(const at::Tensor& count, const at::Tensor& mean, const at::Tensor
     const PlainDispatch plain;
     const at::NoTF32Guard no_tf32;
     const at::ScalarType values = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+    const double added = static_cast<double>(rows);
     const at::Tensor own = x.mean(0, /*keepdim=*/false, at::kDouble);
     const at::Tensor shift = own.to(values);
-    const at::Tensor rest = own - shift.to(at::kDouble);
-    const at::Tensor moved = own - mean;
-    const at::Tensor total = count + static_cast<double>(rows);
-    at::Tensor added = at::outer(moved, moved).mul_(count * static_cast<double>(rows) / total);
-    added.sub_(at::outer(rest, rest), static_cast<double>(rows));
+    const at::Tensor rest = own.sub(shift.to(at::kDouble));
+    const at::Tensor moved = own.sub(mean);
+    const at::Tensor total = count.add(added);
+    at::Tensor sums = at::outer(moved, moved).mul_(count.mul(added).div(total));
+    sums.sub_(at::outer(rest, rest), added);
     for (int64_t first = 0; first < rows; first += kGramRows) {
       const int64_t some = std::min(kGramRows, rows - first);
       const at::Tensor part = x.narrow(0, first, some).to(values).sub(shift);
-      added.add_(at::mm(part.t(), part).to(at::kDouble));
+      sums.add_(at::mm(part.t(), part).to(at::kDouble));
     }
-    const at::Tensor upper = at::triu(added);
-    products.add_(upper).add_(at::triu(added, 1).t());
-    mean.add_(moved.mul(static_cast<double>(rows) / total));
+    products.add_(at::triu(sums)).add_(at::triu(sums, 1).t());
+    mean.add_(moved.mul(total.reciprocal().mul_(added)));
     count.copy_(total);
   }
   for (const at::Tensor& t : {count, mean, products}) bump_version(t);
