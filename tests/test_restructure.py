@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import sys
 
 import pytest
 import torch
@@ -124,9 +125,38 @@ class TestTargets:
     def test_one_that_cannot_be_met(self):
         model, slicing = made("padded")
         with pytest.raises(
-            ValueError, match=r"macs=0\.01 cannot be met; one neuron per group leaves"
+            ValueError, match=r"macs=0\.01 cannot be met; the fewest neurons per group leave"
         ):
             cut(model, slicing, calibration=BATCHES, macs=0.01)
+
+    @pytest.mark.parametrize("target", ["params", "keep"])
+    def test_widths_are_multiples(self, target):
+        model, slicing = made("lenet")
+        result = cut(model, slicing, calibration=BATCHES, round_to=2, **{target: 0.6})
+        widths = result.report.widths
+        assert all(after % 2 == 0 or after == before for before, after in widths.values())
+        assert any(after < before for before, after in widths.values())
+        if target == "params":
+            assert result.report.after.parameters <= 0.6 * result.report.before.parameters
+
+    def test_latency_is_searched_by_what_is_measured(self, monkeypatch):
+        """A clock that goes by the parameters, so that the answer is known."""
+        from neusemslice.maintain import restructure as module
+
+        measured = []
+
+        def clock(model, inputs):
+            measured.append(parameter_count(model))
+            return parameter_count(model) / 1000
+
+        monkeypatch.setattr(sys.modules[module.__module__], "measure_latency", clock)
+        model, slicing = made("lenet")
+        result = cut(model, slicing, calibration=BATCHES, latency=0.5)
+        left = parameter_count(result.model) / parameter_count(model)
+        assert left <= 0.5
+        by_count = cut(model, slicing, calibration=BATCHES, params=0.5)
+        assert left >= 0.9 * parameter_count(by_count.model) / parameter_count(model)
+        assert measured[0::2] == [parameter_count(model)] * (len(measured) // 2)
 
     def test_a_target_of_one_keeps_all(self):
         model, slicing = made("lenet")
@@ -143,6 +173,8 @@ class TestRefusals:
         for bad in (0.0, 1.5, float("nan")):
             with pytest.raises(ValueError, match=r"macs must lie in \(0, 1\], got"):
                 cut(model, slicing, calibration=BATCHES, macs=bad)
+        with pytest.raises(ValueError, match="round_to must be at least 1, got 0"):
+            cut(model, slicing, calibration=BATCHES, macs=0.5, round_to=0)
         with pytest.raises(ValueError, match="needs a slicing to rank neurons by"):
             cut(model, slicing.critical_slice(), calibration=BATCHES, macs=0.5)
 

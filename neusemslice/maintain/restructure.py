@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from neusemslice.graph import (
     Graph,
-    Group,
     Inputs,
     Reader,
     Site,
@@ -32,7 +31,9 @@ from neusemslice.graph import (
 )
 from neusemslice.maintain.compensate import Refit
 from neusemslice.maintain.compensate import compensate as fit_layers
-from neusemslice.maintain.cost import Cost, measure, sliced_cost
+from neusemslice.maintain.cost import Cost, measure
+from neusemslice.maintain.cost import latency as measure_latency
+from neusemslice.maintain.targets import meet
 from neusemslice.profiling import first_inputs
 from neusemslice.slicing import SemanticSlicing, Slice
 
@@ -79,6 +80,8 @@ def restructure(
     macs: float | None = None,
     params: float | None = None,
     keep: float | None = None,
+    latency: float | None = None,
+    round_to: int = 1,
     compensate: bool = True,
 ) -> Restructured:
     """Removes the neurons outside a slice from a copy of the model.
@@ -94,6 +97,10 @@ def restructure(
             compensation goes through once for each layer; labels are not used.
         macs, params: share of the multiply-adds or of the parameters to keep at most.
         keep: share of each group's neurons to keep.
+        latency: share of the time of a forward pass over the first calibration batch to keep at
+            most, as measured on this machine while searching.
+        round_to: with a target, the number of neurons that each group keeps is a multiple of this,
+            or all of them; sizes that fit the processor's registers are faster.
         compensate: whether the layers that are left are fitted, one after the other, to what the
             whole model answers on the calibration samples, so that they make up for the neurons
             that are gone. It needs neither labels nor training, and more rows (samples times
@@ -108,13 +115,15 @@ def restructure(
     """
     graph = slicing.profile.graph if isinstance(slicing, SemanticSlicing) else slicing.graph
     inputs = first_inputs(calibration, "restructure", device_of(model))
-    targets = {"macs": macs, "params": params, "keep": keep}
+    targets = {"macs": macs, "params": params, "keep": keep, "latency": latency}
     chosen = {name: value for name, value in targets.items() if value is not None}
     if len(chosen) > 1:
         raise ValueError(f"restructure: give one target, got {sorted(chosen)}")
     for name, value in chosen.items():
         if not 0 < value <= 1:
             raise ValueError(f"restructure: {name} must lie in (0, 1], got {value}")
+    if round_to < 1:
+        raise ValueError(f"restructure: round_to must be at least 1, got {round_to}")
     if isinstance(slicing, Slice):
         if chosen:
             raise ValueError(
@@ -125,7 +134,13 @@ def restructure(
         wanted = slicing.critical_slice()
     wanted.check_model(model)
     if isinstance(slicing, SemanticSlicing) and chosen:
-        wanted = _meet(model, slicing, **chosen)
+
+        def latency_left(kept: Slice) -> float:
+            # The whole model right before, because a machine's speed changes with time.
+            whole = measure_latency(model, inputs)
+            return measure_latency(prune(model, _removable(kept), inputs), inputs) / whole
+
+        wanted = meet(model, slicing, *chosen.popitem(), round_to, latency_left)
     kept = _removable(wanted)
     pruned = prune(model, kept, inputs)
     difference = check_pruned(model, pruned, kept, inputs)
@@ -154,62 +169,6 @@ def _removable(wanted: Slice) -> Slice:
             elif not masks[name].any():
                 raise ValueError(f"restructure: no neuron of site {name} would be left")
     return Slice(wanted.graph, masks)
-
-
-def _meet(
-    model: nn.Module,
-    slicing: SemanticSlicing,
-    macs: float | None = None,
-    params: float | None = None,
-    keep: float | None = None,
-) -> Slice:
-    """The largest slice of equal shares per group that meets the target."""
-    graph = slicing.profile.graph
-    ranks = [_ranking(slicing, group) for group in graph.groups]
-
-    def keeping(share: float) -> Slice:
-        masks = {}
-        for group, rank in zip(graph.groups, ranks, strict=True):
-            count = len(rank) if group.kept_whole else max(1, math.ceil(share * len(rank)))
-            mask = torch.zeros(len(rank), dtype=torch.bool)
-            mask[rank[:count]] = True
-            for name in group.sites:
-                # Only a group that is kept whole can have sites of several sizes.
-                size = graph.site(name).neurons
-                masks[name] = mask if size == len(mask) else torch.ones(size, dtype=torch.bool)
-        return Slice(graph, masks)
-
-    if keep is not None:
-        return keeping(keep)
-
-    def cost(kept: Slice) -> int:
-        parameters, multiply_adds = sliced_cost(model, graph, kept)
-        return parameters if macs is None else multiply_adds
-
-    name, target = ("macs", macs) if macs is not None else ("params", params)
-    assert target is not None
-    allowed = target * cost(Slice.whole(graph))
-    if cost(keeping(0.0)) > allowed:
-        least = cost(keeping(0.0)) / cost(Slice.whole(graph))
-        raise ValueError(
-            f"restructure: {name}={target} cannot be met; one neuron per group leaves {least:.3f}"
-        )
-    low, high = 0.0, 1.0
-    if cost(keeping(high)) <= allowed:
-        return keeping(high)
-    # Finer than one neuron of any layer that fits in memory.
-    for _ in range(24):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(keeping(middle)) <= allowed else (low, middle)
-    return keeping(low)
-
-
-def _ranking(slicing: SemanticSlicing, group: Group) -> Tensor:
-    """A group's neurons, most important first; ties by index."""
-    scores = [slicing.importance(name) for name in group.sites]
-    size = scores[0].shape[0]
-    together = torch.stack([s for s in scores if s.shape[0] == size]).amax(0)
-    return together.sort(descending=True, stable=True).indices
 
 
 def prune(model: nn.Module, kept: Slice, inputs: Inputs) -> nn.Module:
