@@ -356,3 +356,16 @@ def deeplift_relu(
                 for m, (z, w) in zip(multipliers, before, strict=True)
             ]
     return contributions[::-1]
+
+
+def gram(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and products about the mean of all rows of ``x`` at once, in float64."""
+    values = x.double()
+    mean = values.mean(0) if len(values) else values.new_zeros(values.shape[1])
+    centred = values - mean
+    products = (
+        torch.stack([(centred[:, i : i + 1] * centred).sum(0) for i in range(values.shape[1])])
+        if values.shape[1]
+        else values.new_zeros(0, 0)
+    )
+    return torch.tensor(float(len(values)), dtype=torch.float64), mean, products
