@@ -6,8 +6,9 @@ python -m bench.readapt --quick    few images and steps, one seed, nothing writt
 Each method takes the same steps (AdamW, batches of 128 augmented images, learning rate falling
 linearly to 0) and chooses its learning rate, and whether it keeps the running statistics of batch
 norms or takes those of the new images, from the same grid with the same number of short runs on
-the smaller network; these are judged on training images that no run trains on. Test images are
-looked at once, after the last step.
+the smaller network and many images; these are judged on training images that no run trains on. Test
+images are looked at once, after the last step. With all 50,000 images the smaller network goes
+through them once.
 
 Every finished run is kept in ``build/readapt.json``: an interrupted study goes on behind it.
 """
@@ -21,14 +22,14 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 import neusemslice as nss
 from bench import cifar
@@ -113,17 +114,17 @@ class Size:
 
 FULL = Size(
     settings=(
-        Setting("ResNet-20", 50_000, 782),
-        Setting("ResNet-20", 1_000, 160),
-        Setting("ResNet-56", 50_000, 200),
-        Setting("ResNet-56", 1_000, 160),
+        Setting("ResNet-20", 50_000, 391),
+        Setting("ResNet-20", 1_000, 80),
+        Setting("ResNet-56", 50_000, 30),
+        Setting("ResNet-56", 1_000, 20),
     ),
     seeds=(0, 1, 2),
-    rates=(3e-4, 1e-3, 3e-3),
+    rates=(3e-4, 1e-3, 3e-3, 1e-2),
     batch=128,
-    search_steps=100,
+    search_steps=50,
     profiled=4_000,
-    validation=3_000,
+    validation=2_000,
     test=10_000,
     rounds=20,
 )
@@ -160,6 +161,13 @@ class Study:
         self.test = cifar.load("test")[: size.test]
         self._slicings: dict[str, nss.SemanticSlicing] = {}
         self._ours: dict[str, nss.Slice] = {}
+        self._untuned: dict[str, Tensor] = {}
+
+    def untuned(self, name: str) -> Tensor:
+        """Which test images the untuned network answers rightly."""
+        if name not in self._untuned:
+            self._untuned[name] = right(network(name), self.test)
+        return self._untuned[name]
 
     def once(self, key: str, run: Callable[[], Any]) -> Any:
         """The outcome of a run, from the file if it is there."""
@@ -246,7 +254,7 @@ class Study:
         images = some(self.images, setting.samples, seed)
         stream = Stream(images, self.size.batch, setting.steps, seed)
         model, neurons = self.tuned(method, setting, choice, stream, seed)
-        before, after = right(network(setting.network), self.test), right(model, self.test)
+        before, after = self.untuned(setting.network), right(model, self.test)
         return {
             "accuracy": 100 * float(after.double().mean()),
             "flips": 100 * float((before & ~after).double().mean()),
@@ -301,11 +309,11 @@ class Study:
 def study(size: Size, kept: Path | None) -> Section:
     """All runs, as a table."""
     study = Study(size, kept)
-    small = size.settings[0].network
+    searched = size.settings[0]
     names = dict.fromkeys(setting.network for setting in size.settings)
     choices, runs = {}, {}
     for setting, method in itertools.product(size.settings, METHODS):
-        choice = study.search(method, replace(setting, network=small))
+        choice = study.search(method, searched)
         choices[setting, method] = choice
         runs[setting, method] = [
             study.once(
@@ -321,7 +329,7 @@ def study(size: Size, kept: Path | None) -> Section:
         most = max(
             (s for s in size.settings if s.network == setting.network), key=lambda s: s.samples
         )
-        untuned = right(network(setting.network), study.test)
+        untuned = study.untuned(setting.network)
         results.append(
             Result(f"{setting.name}: untuned", {"mean": 100 * float(untuned.double().mean())})
         )
