@@ -118,14 +118,15 @@ TYPED_TEST(UnitRowsDevice, EqualsFloat64) {
   std::normal_distribution<double> value(0.5, 1);
   for (const int64_t size : {1, 33}) {
     for (const bool centre : {false, true}) {
-      constexpr int64_t kRows = 131;
+      constexpr int64_t kRows = 33;
       // Rows lie one value apart, and a row's values a row of rows apart.
       std::vector<TypeParam> x(kRows * size);
       for (TypeParam& v : x) v = static_cast<TypeParam>(value(random));
       for (int64_t d = 0; d < size; ++d) x[d * kRows + 3] = TypeParam(0.0f);
       std::vector<Value> unit(kRows * size, Value(9));
-      launch("unit_rows_kernel", &unit_rows_kernel<TypeParam, Value>, {blocks_for(kRows, kBlock)},
-             kBlock, x.data(), kRows, size, int64_t{1}, kRows, centre, unit.data());
+      launch("unit_rows_kernel", &unit_rows_kernel<TypeParam, Value>,
+             {blocks_for(kRows * kWarp, kBlock)}, kBlock, x.data(), kRows, size, int64_t{1}, kRows,
+             centre, unit.data());
       for (int64_t r = 0; r < kRows; ++r) {
         double mean = 0, squares = 0;
         for (int64_t d = 0; d < size; ++d) mean += static_cast<double>(x[d * kRows + r]);

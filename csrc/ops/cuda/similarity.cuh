@@ -1,9 +1,11 @@
 #pragma once
 
-// Device code of the similarity operators, free of torch: a thread owns one word, one row or one
-// pair.
+// Device code of the similarity operators, free of torch: a thread owns one word or one pair, a
+// warp one row that becomes a unit vector.
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 
 #include "common/similarity.h"
 #include "ops/cuda/device.cuh"
@@ -86,19 +88,63 @@ static __global__ void set_edges_kernel(DeviceSets sets, PairTile tile, Pairs pa
       found = value >= threshold;
     }
     values[i * tile.cols + j] = static_cast<float>(value);
-    is_edge[i * tile.cols + j] = found;
+    if (is_edge) is_edge[i * tile.cols + j] = found;
   }
+}
+
+template <typename T>
+__device__ T across_warp_sum(T value) {
+  for (int d = kWarp / 2; d > 0; d /= 2) value += __shfl_xor_sync(kAllLanes, value, d);
+  return value;
+}
+
+// unit_map() by a warp: each lane has every 32nd value.
+template <typename scalar_t>
+__device__ UnitMap warp_unit_map(const scalar_t* row, int64_t stride, int64_t size, bool centre) {
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  const auto value = [&](int64_t d) { return static_cast<double>(row[d * stride]); };
+  UnitMap map;
+  double largest = 0;
+  bool finite = true;
+  for (int64_t d = lane; d < size; d += kWarp) {
+    const double magnitude = fabs(value(d));
+    finite = finite && magnitude <= std::numeric_limits<double>::max();
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  for (int d = kWarp / 2; d > 0; d /= 2) {
+    const double other = __shfl_xor_sync(kAllLanes, largest, d);
+    largest = other > largest ? other : largest;
+  }
+  if (!__all_sync(kAllLanes, finite)) {
+    map.norm = std::numeric_limits<double>::quiet_NaN();
+    return map;
+  }
+  if (largest == 0) return map;
+  map.scale = unit_scale(largest);
+  if (centre) {
+    map.shift = value(0) * map.scale;
+    double sum = 0;
+    for (int64_t d = lane; d < size; d += kWarp) sum += map.centred(value(d));
+    map.mean = across_warp_sum(sum) / static_cast<double>(size);
+  }
+  double squares = 0;
+  for (int64_t d = lane; d < size; d += kWarp) {
+    const double centred = map.centred(value(d));
+    squares += centred * centred;
+  }
+  map.norm = sqrt(across_warp_sum(squares));
+  return map;
 }
 
 template <typename scalar_t, typename value_t>
 __global__ void unit_rows_kernel(const scalar_t* __restrict__ x, int64_t rows, int64_t size,
                                  int64_t stride_r, int64_t stride_d, bool centre,
                                  value_t* __restrict__ unit) {
-  const int64_t r = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
+  const int64_t r = (blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x) / kWarp;
   if (r >= rows) return;
   const scalar_t* row = x + r * stride_r;
-  const UnitMap map = unit_map(row, stride_d, size, centre);
-  for (int64_t d = 0; d < size; ++d) {
+  const UnitMap map = warp_unit_map(row, stride_d, size, centre);
+  for (int64_t d = threadIdx.x % kWarp; d < size; d += kWarp) {
     unit[r * size + d] = static_cast<value_t>(map(static_cast<double>(row[d * stride_d])));
   }
 }
