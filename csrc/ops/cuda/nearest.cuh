@@ -52,7 +52,7 @@ struct NearestTile {
 template <typename value_t, int Ranks>
 class NearestList {
  public:
-  __device__ NearestList(const Nearest<value_t>& all, int64_t row, bool there = true)
+  __device__ __forceinline__ NearestList(const Nearest<value_t>& all, int64_t row, bool there = true)
       : values_(all.values + row * all.k), cols_(all.cols + row * all.k), k_(all.k), there_(there) {
 #pragma unroll
     for (int m = 0; m < Ranks; ++m) {
@@ -64,7 +64,7 @@ class NearestList {
   }
 
   // Takes what every lane has found; `there` is false where it has found nothing.
-  __device__ void offer(bool there, value_t value, int64_t col) {
+  __device__ __forceinline__ void offer(bool there, value_t value, int64_t col) {
     unsigned better = __ballot_sync(kAllLanes, there && is_before(value, col, last_, last_col_));
     while (better != 0) {
       const int source = __ffs(better) - 1;
@@ -90,11 +90,11 @@ class NearestList {
   __device__ static int lane() { return static_cast<int>(threadIdx.x % kWarp); }
 
   // Entries without a column come last; NaN comes before nothing.
-  __device__ static bool is_before(value_t a, int64_t a_col, value_t b, int64_t b_col) {
+  __device__ __forceinline__ static bool is_before(value_t a, int64_t a_col, value_t b, int64_t b_col) {
     return a > b || (a == b && static_cast<uint64_t>(a_col) < static_cast<uint64_t>(b_col));
   }
 
-  __device__ void insert(value_t value, int64_t col) {
+  __device__ __forceinline__ void insert(value_t value, int64_t col) {
     int before = 0;
 #pragma unroll
     for (int m = 0; m < Ranks; ++m) {
@@ -118,7 +118,7 @@ class NearestList {
     find_last();
   }
 
-  __device__ void find_last() {
+  __device__ __forceinline__ void find_last() {
     const int source = static_cast<int>((k_ - 1) % kWarp);
 #pragma unroll
     for (int m = 0; m < Ranks; ++m) {
@@ -170,7 +170,7 @@ struct NearestColumns {
 // Puts a tile's rows into the lists of its columns. A block has 32 columns, and each of its warps
 // the lists of four of them.
 template <typename value_t, int Ranks>
-__global__ void __launch_bounds__(kNearestThreads)
+__global__ void __launch_bounds__(kNearestThreads, 1)
     nearest_columns_kernel(NearestTile<value_t> tile, Nearest<value_t> all) {
   constexpr int kColumns = kWarp / kNearestWarps;
   static_assert(kColumns == 4);
