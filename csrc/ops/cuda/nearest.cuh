@@ -52,7 +52,8 @@ struct NearestTile {
 template <typename value_t, int Ranks>
 class NearestList {
  public:
-  __device__ __forceinline__ NearestList(const Nearest<value_t>& all, int64_t row, bool there = true)
+  __device__ __forceinline__ NearestList(const Nearest<value_t>& all, int64_t row,
+                                         bool there = true)
       : values_(all.values + row * all.k), cols_(all.cols + row * all.k), k_(all.k), there_(there) {
 #pragma unroll
     for (int m = 0; m < Ranks; ++m) {
@@ -90,7 +91,8 @@ class NearestList {
   __device__ static int lane() { return static_cast<int>(threadIdx.x % kWarp); }
 
   // Entries without a column come last; NaN comes before nothing.
-  __device__ __forceinline__ static bool is_before(value_t a, int64_t a_col, value_t b, int64_t b_col) {
+  __device__ __forceinline__ static bool is_before(value_t a, int64_t a_col, value_t b,
+                                                   int64_t b_col) {
     return a > b || (a == b && static_cast<uint64_t>(a_col) < static_cast<uint64_t>(b_col));
   }
 
