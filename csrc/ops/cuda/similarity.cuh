@@ -8,6 +8,7 @@
 #include <limits>
 
 #include "common/similarity.h"
+#include "ops/cuda/common_sizes.cuh"
 #include "ops/cuda/device.cuh"
 
 namespace neusemslice::cuda {
@@ -31,8 +32,13 @@ struct DeviceSets {
   SetMetric metric;
   bool self;
 
-  __device__ int64_t common(int64_t r, int64_t c) const {
-    return common_size(a + r * words, b + c * words, words);
+  // Calls visit(i, j, common) for the pairs (i, j) of the tile that are this block's.
+  template <typename Visit>
+  __device__ void visit(const PairTile& tile, const Visit& visit_pair) const {
+    const int64_t i = blockIdx.y * int64_t{kSetSide}, j = blockIdx.x * int64_t{kSetSide};
+    visit_common_sizes(
+        a + (tile.row + i) * words, b + (tile.col + j) * words, tile.rows - i, tile.cols - j, words,
+        [&](int64_t r, int64_t c, int64_t common) { visit_pair(i + r, j + c, common); });
   }
 };
 
@@ -53,43 +59,34 @@ static __global__ void set_sizes_kernel(const int64_t* __restrict__ sets, int64_
   if (r < rows) sizes[r] = set_size(sets + r * words, words);
 }
 
-static __global__ void set_similarity_kernel(DeviceSets sets, PairTile tile,
-                                             float* __restrict__ out) {
-  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (j >= tile.cols) return;
-  const int64_t c = tile.col + j;
-  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
-    const int64_t r = tile.row + i;
-    if (sets.self && c < r) continue;
-    const int64_t common = sets.common(r, c);
-    const int64_t size_r = sets.a_sizes[r];
-    const int64_t size_c = sets.b_sizes[c];
+// A block has a square of the tile's pairs.
+static __global__ void __launch_bounds__(kSetThreads)
+    set_similarity_kernel(DeviceSets sets, PairTile tile, float* __restrict__ out) {
+  sets.visit(tile, [&](int64_t i, int64_t j, int64_t common) {
+    const int64_t r = tile.row + i, c = tile.col + j;
+    if (sets.self && c < r) return;
+    const int64_t size_r = sets.a_sizes[r], size_c = sets.b_sizes[c];
     out[r * sets.cols + c] =
         static_cast<float>(set_similarity(sets.metric, common, size_r, size_c));
     if (sets.self) {
       out[c * sets.cols + r] =
           static_cast<float>(set_similarity(sets.metric, common, size_c, size_r));
     }
-  }
+  });
 }
 
-static __global__ void set_edges_kernel(DeviceSets sets, PairTile tile, Pairs pairs,
-                                        double threshold, float* __restrict__ values,
-                                        bool* __restrict__ is_edge) {
-  const int64_t j = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x;
-  if (j >= tile.cols) return;
-  const int64_t c = tile.col + j;
-  for (int64_t i = blockIdx.y; i < tile.rows; i += gridDim.y) {
-    const int64_t r = tile.row + i;
-    double value = 0;
-    bool found = false;
-    if (is_included(pairs, r, c)) {
-      value = set_similarity(sets.metric, sets.common(r, c), sets.a_sizes[r], sets.b_sizes[c]);
-      found = value >= threshold;
-    }
+// The same for edges; without `is_edge`, values alone.
+static __global__ void __launch_bounds__(kSetThreads)
+    set_edges_kernel(DeviceSets sets, PairTile tile, Pairs pairs, double threshold,
+                     float* __restrict__ values, bool* __restrict__ is_edge) {
+  sets.visit(tile, [&](int64_t i, int64_t j, int64_t common) {
+    const int64_t r = tile.row + i, c = tile.col + j;
+    const bool included = is_included(pairs, r, c);
+    const double value =
+        included ? set_similarity(sets.metric, common, sets.a_sizes[r], sets.b_sizes[c]) : 0;
     values[i * tile.cols + j] = static_cast<float>(value);
-    if (is_edge) is_edge[i * tile.cols + j] = found;
-  }
+    if (is_edge) is_edge[i * tile.cols + j] = included && value >= threshold;
+  });
 }
 
 template <typename T>

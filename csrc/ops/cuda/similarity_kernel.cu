@@ -47,6 +47,10 @@ cuda::Grid tile_grid(const Tile& tile) {
   return {cuda::blocks_for(tile.cols, kThreads), std::min(tile.rows, cuda::kMaxGridY)};
 }
 
+cuda::Grid square_grid(const Tile& tile) {
+  return {cuda::blocks_for(tile.cols, cuda::kSetSide), cuda::blocks_for(tile.rows, cuda::kSetSide)};
+}
+
 // Edges of one tile after the other, made into tensors sorted by (row, col). Tiles come row after
 // row and at::nonzero goes through each row after row, so that the edges of one row come in the
 // order of their columns: the stable sort on rows does the rest.
@@ -146,6 +150,10 @@ at::Tensor bitset_pack_cuda(const at::Tensor& bits) {
 }
 
 at::Tensor set_sizes(const at::Tensor& sets) {
+  // Sizes of intersections are counted in 32 bits.
+  TORCH_CHECK_VALUE(sets.size(1) < (int64_t{1} << 31) / kWordBits,
+                    "bitset similarity on CUDA: sets must have less than 2^31 elements, got ",
+                    sets.size(1), " words");
   at::Tensor sizes = at::empty({sets.size(0)}, sets.options());
   cuda::launch("set_sizes_kernel", &cuda::set_sizes_kernel,
                {cuda::blocks_for(sets.size(0), kThreads)}, kThreads, sets.const_data_ptr<int64_t>(),
@@ -178,8 +186,8 @@ at::Tensor bitset_similarity_cuda(const at::Tensor& a, const OptionalTensor& b,
   const cuda::DeviceSets device = on_device(sets, a_sizes, b_sizes);
   float* result = out.mutable_data_ptr<float>();
   for_each_tile(sets.rows, sets.cols, kTileRows, kTileCols, sets.self, [&](const Tile& tile) {
-    cuda::launch("set_similarity_kernel", &cuda::set_similarity_kernel, tile_grid(tile), kThreads,
-                 device, on_device(tile), result);
+    cuda::launch("set_similarity_kernel", &cuda::set_similarity_kernel, square_grid(tile),
+                 cuda::kSetThreads, device, on_device(tile), result);
   });
   return out;
 }
@@ -220,8 +228,9 @@ NeighbourTensors bitset_similarity_topk_cuda(const at::Tensor& a, const Optional
   const at::TensorOptions options = sets.a.options().dtype(at::kFloat);
   return find_nearest(sets.rows, sets.cols, k, sets.pairs(), false, options, [&](const Tile& tile) {
     at::Tensor values = at::empty({tile.rows, tile.cols}, options);
-    cuda::launch("set_edges_kernel", &cuda::set_edges_kernel, tile_grid(tile), kThreads, device,
-                 on_device(tile), sets.pairs(), 0.0, values.mutable_data_ptr<float>(), nullptr);
+    cuda::launch("set_edges_kernel", &cuda::set_edges_kernel, square_grid(tile), cuda::kSetThreads,
+                 device, on_device(tile), sets.pairs(), 0.0, values.mutable_data_ptr<float>(),
+                 nullptr);
     return values;
   });
 }
