@@ -45,7 +45,6 @@ class TorchGpu:
 
     def __init__(self) -> None:
         self._flush: Tensor | None = None
-        self._pool: tuple[int, int] | None = None
 
     def warm_up(self, run: Callable[[], object]) -> None:
         side = torch.cuda.Stream()
@@ -56,10 +55,8 @@ class TorchGpu:
         torch.cuda.synchronize()
 
     def capture(self, run: Callable[[], object]) -> Callable[[], object]:
-        # Graphs run one after the other and nobody keeps what they give: one pool is enough.
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph):
             run()
         return graph.replay
 

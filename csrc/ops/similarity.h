@@ -137,13 +137,14 @@ struct Tile {
   int64_t cols;
 };
 
-// Calls visit(tile) for the tiles of size x size that cover a rows x cols matrix, row after row;
-// with `upper`, for those that meet its upper triangle.
+// Calls visit(tile) for the tiles of height x width that cover a rows x cols matrix, row after row;
+// with `upper`, for those that cover its upper triangle, beginning at the diagonal.
 template <typename Visit>
-void for_each_tile(int64_t rows, int64_t cols, int64_t size, bool upper, Visit visit) {
-  for (int64_t row = 0; row < rows; row += size) {
-    for (int64_t col = upper ? row : 0; col < cols; col += size) {
-      visit(Tile{row, col, std::min(size, rows - row), std::min(size, cols - col)});
+void for_each_tile(int64_t rows, int64_t cols, int64_t height, int64_t width, bool upper,
+                   Visit visit) {
+  for (int64_t row = 0; row < rows; row += height) {
+    for (int64_t col = upper ? row : 0; col < cols; col += width) {
+      visit(Tile{row, col, std::min(height, rows - row), std::min(width, cols - col)});
     }
   }
 }

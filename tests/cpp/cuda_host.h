@@ -187,6 +187,7 @@ inline bool __all_sync(
 }
 
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 
 template <typename T>
 T __ldg(const T* p) {

@@ -63,16 +63,18 @@ DeviceSets device_sets(const BitSets& a, const BitSets& b, SetMetric metric, boo
 class SetSimilarityDevice : public testing::TestWithParam<SetMetric> {};
 
 TEST_P(SetSimilarityDevice, DenseEqualsCountingByHand) {
-  for (const int64_t size : {1, 63, 64, 130}) {
+  for (const int64_t size : {1, 130, 1100}) {
+    if (size != 130 && GetParam() != SetMetric::jaccard) continue;
     host::set_seed(static_cast<unsigned>(size));
-    const BitSets a(9, size, 1), b(131, size, 2);
+    const BitSets a(70, size, 1), b(size == 130 ? 131 : 9, size, 2);
     for (const bool self : {false, true}) {
       const BitSets& other = self ? a : b;
       std::vector<float> out(a.rows * other.rows, -1);
       // Two tiles, of which the second is not square.
-      for (const PairTile& tile : {PairTile{0, 0, 5, other.rows}, PairTile{5, 0, 4, other.rows}}) {
+      for (const PairTile& tile :
+           {PairTile{0, 0, 65, other.rows}, PairTile{65, 0, 5, other.rows}}) {
         launch("set_similarity_kernel", &set_similarity_kernel,
-               {blocks_for(tile.cols, kBlock), std::min<int64_t>(tile.rows, 3)}, kBlock,
+               {blocks_for(tile.cols, kSetSide), blocks_for(tile.rows, kSetSide)}, kSetThreads,
                device_sets(a, other, GetParam(), self), tile, out.data());
       }
       for (int64_t r = 0; r < a.rows; ++r) {
@@ -91,8 +93,8 @@ TEST_P(SetSimilarityDevice, EdgesAreThePairsAtTheThreshold) {
   const PairTile tile{0, 0, 7, 7};
   std::vector<float> values(49, -1);
   auto is_edge = std::make_unique<bool[]>(49);
-  launch("set_edges_kernel", &set_edges_kernel, {1, 2}, kBlock, device_sets(a, a, GetParam(), true),
-         tile, pairs, 0.25, values.data(), is_edge.get());
+  launch("set_edges_kernel", &set_edges_kernel, {1, 1}, kSetThreads,
+         device_sets(a, a, GetParam(), true), tile, pairs, 0.25, values.data(), is_edge.get());
   for (int64_t r = 0; r < 7; ++r) {
     for (int64_t c = 0; c < 7; ++c) {
       const bool included = is_symmetric(GetParam()) ? r < c : r != c;
@@ -118,14 +120,15 @@ TYPED_TEST(UnitRowsDevice, EqualsFloat64) {
   std::normal_distribution<double> value(0.5, 1);
   for (const int64_t size : {1, 33}) {
     for (const bool centre : {false, true}) {
-      constexpr int64_t kRows = 131;
+      constexpr int64_t kRows = 33;
       // Rows lie one value apart, and a row's values a row of rows apart.
       std::vector<TypeParam> x(kRows * size);
       for (TypeParam& v : x) v = static_cast<TypeParam>(value(random));
       for (int64_t d = 0; d < size; ++d) x[d * kRows + 3] = TypeParam(0.0f);
       std::vector<Value> unit(kRows * size, Value(9));
-      launch("unit_rows_kernel", &unit_rows_kernel<TypeParam, Value>, {blocks_for(kRows, kBlock)},
-             kBlock, x.data(), kRows, size, int64_t{1}, kRows, centre, unit.data());
+      launch("unit_rows_kernel", &unit_rows_kernel<TypeParam, Value>,
+             {blocks_for(kRows * kWarp, kBlock)}, kBlock, x.data(), kRows, size, int64_t{1}, kRows,
+             centre, unit.data());
       for (int64_t r = 0; r < kRows; ++r) {
         double mean = 0, squares = 0;
         for (int64_t d = 0; d < size; ++d) mean += static_cast<double>(x[d * kRows + r]);

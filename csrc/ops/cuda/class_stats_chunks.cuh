@@ -164,7 +164,7 @@ static __global__ void __launch_bounds__(kThreads)
       if (weight > 0 && site.uses) atomicAdd(&site.uses[n], 1);
     }
     tree.weight[t] = weight;
-    tree.positions[t] = weight * static_cast<double>(real);
+    tree.positions[t] = site.by_sample ? weight : weight * static_cast<double>(real);
     tree.first[t] = weight > 0 ? i : kNoEntry;
     for (int half = kThreads / 2; half > 0; half /= 2) {
       __syncthreads();

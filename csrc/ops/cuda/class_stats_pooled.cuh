@@ -18,7 +18,7 @@ struct Observed {
 
 // What samples_kernel and planes_kernel have found.
 struct PooledSource {
-  __device__ static Observed at(const Site& site, int64_t n, int64_t c) {
+  __device__ Observed at(const Site& site, int64_t n, int64_t c) const {
     const int64_t at = n * site.state.neurons + c;
     const PooledPlanes& pooled = site.pooled;
     Observed seen{pooled.mean[at], 0, 0, -INFINITY, true};
@@ -32,7 +32,7 @@ struct PooledSource {
 // x itself, of one position.
 template <typename T>
 struct DirectSource {
-  __device__ static Observed at(const Site& site, int64_t n, int64_t c) {
+  __device__ Observed at(const Site& site, int64_t n, int64_t c) const {
     const double value = to_value(*site.at<T>(n, 0, c));
     if (!is_finite(value)) return {0, 0, 0, -INFINITY, false};
     return {value, magnitude(value), value > 0 ? 1.0 : 0.0, static_cast<float>(value), true};
@@ -46,8 +46,8 @@ struct WeightedRows {
 
 template <typename Source>
 __global__ void __launch_bounds__(kThreads)
-    weighted_kernel(const __grid_constant__ SortedBatch batch,
-                    const __grid_constant__ Sites sites) {
+    weighted_kernel(const __grid_constant__ SortedBatch batch, const __grid_constant__ Sites sites,
+                    Source source) {
   const Site& site = sites.of_block();
   const int64_t c = (blockIdx.x - site.first_block) * kWarp + warp_lane();
   const int64_t neurons = site.state.neurons;
@@ -67,12 +67,12 @@ __global__ void __launch_bounds__(kThreads)
     if (c < neurons) {
       shift = site.known(chunk.k)
                   ? site.state.mean[chunk.k * neurons + c]
-                  : Source::at(site, batch.sample(site.class_first[chunk.k]), c).mean;
+                  : source.at(site, batch.sample(site.class_first[chunk.k]), c).mean;
 #pragma unroll 4
       for (int i = row_lane(); i < chunk.count; i += kRowLanes) {
         const double w = rows.weight[i];
         if (w == 0) continue;
-        const Observed seen = Source::at(site, rows.sample[i], c);
+        const Observed seen = source.at(site, rows.sample[i], c);
         const double deviation = seen.mean - shift;
         sum[0] += w * deviation;
         squares[0] += w * deviation * deviation;

@@ -12,7 +12,6 @@
 #include "common/class_state.h"
 #include "common/elements.h"
 #include "common/moments.h"
-#include "ops/cuda/class_batch.cuh"
 #include "ops/cuda/device.cuh"
 
 namespace neusemslice::cuda {
@@ -115,6 +114,7 @@ struct Site {
   int64_t* chunk_first;     // [chunks]
   PooledPlanes pooled;
   PartialPlanes partial;
+  bool by_sample;       // statistics count samples, and not their positions
   int64_t first_block;  // of the launch's blocks (dimension x)
 
   __device__ int64_t real_positions(int64_t n) const { return real ? real[n] : positions; }
@@ -167,6 +167,13 @@ struct NeuronSums {
   double active = 0;
   float max = -INFINITY;
 };
+
+// Integers, and rare: the order of these additions does not show in the result.
+__device__ inline void count_nonfinite(const ClassState& state, int64_t c, int64_t found) {
+  if (found == 0) return;
+  atomicAdd(reinterpret_cast<unsigned long long*>(state.nonfinite + c),
+            static_cast<unsigned long long>(found));
+}
 
 // Merges the sums of a whole class into the state.
 __device__ inline void finish(const Site& site, int64_t k, int64_t c, double shift,
