@@ -26,6 +26,7 @@ test: build
 bench: build
 	$(BIN)/python -m bench.class_stats
 	$(BIN)/python -m bench.contribution
+	$(BIN)/python -m bench.masked_optim
 	$(BIN)/python -m bench.profiler
 	$(BIN)/python -m bench.similarity
 

@@ -1,10 +1,10 @@
-"""What the benchmarks write."""
+"""What the benchmarks write, and that the ways that they compare do the same."""
 
 import json
 
 import pytest
 
-from bench import report
+from bench import masked_optim, report
 from bench.report import Column, Ratio, Result, Section
 
 COLUMNS = (
@@ -52,3 +52,13 @@ def test_a_section_replaces_itself_and_leaves_the_others(results):
     text = page.read_text()
     assert "## Title of a" in text
     assert "| fp32 K=10 | 1.50 | 90.0% (40.0% … 60.0%) | – | index_add_ |" in text
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize("kind", masked_optim.KINDS)
+def test_all_ways_to_tune_rows_are_compared_and_agree(kind, share):
+    workload = masked_optim.workload("small", masked_optim.KINDS[kind], 2, 16, share, rotated=0)
+    workload.check()
+    assert set(workload.peers) == {"hook", "correct", "fused"}
+    for way in (workload.ours, *(run for of in workload.peers.values() for run in of.values())):
+        way(0)
