@@ -43,10 +43,12 @@ class Workload:
     Attributes:
         name: key of the result.
         bytes_read: per call.
-        bytes_updated: per call, of state that is read and written.
+        bytes_updated: per call, of what is read and written.
         ours: the operator.
         peers: by the column that they belong to (without ``vs_``); the fastest of a column counts.
         check: raises unless ours is right.
+        updates_rotate: whether what is updated is another buffer with each call, as what is read
+            is, instead of a state that the cache may keep.
     """
 
     name: str
@@ -55,23 +57,27 @@ class Workload:
     ours: Run
     check: Callable[[], None]
     peers: dict[str, dict[str, Run]] = field(default_factory=dict)
+    updates_rotate: bool = False
 
 
 class Reference:
     """Moves a workload's bytes at the speed of memory: on a GPU by a sum and an update in place."""
 
-    def __init__(self, bytes_read: int, bytes_updated: int) -> None:
-        dtype = torch.float32 if ON_GPU else torch.int64
-        self.read, self.update = (
-            [torch.ones(size // dtype.itemsize, dtype=dtype, device=DEVICE) for _ in range(count)]
-            for size, count in ((bytes_read, rotation(bytes_read)), (bytes_updated, 1))
-        )
+    def __init__(self, workload: Workload) -> None:
+        self.read = _buffers(workload.bytes_read, rotation(workload.bytes_read))
+        updated = workload.bytes_updated
+        self.update = _buffers(updated, rotation(updated) if workload.updates_rotate else 1)
 
     def __call__(self, call: int) -> object:
-        read, update = self.read[call % len(self.read)], self.update[0]
+        read, update = self.read[call % len(self.read)], self.update[call % len(self.update)]
         if ON_GPU:
             return read.sum(), update.add_(1)
         return _C.stream_memory(read, update)
+
+
+def _buffers(size: int, count: int) -> list[Tensor]:
+    dtype = torch.float32 if ON_GPU else torch.int64
+    return [torch.ones(size // dtype.itemsize, dtype=dtype, device=DEVICE) for _ in range(count)]
 
 
 def rotation(bytes_each: int) -> int:
@@ -132,7 +138,7 @@ def measure(workload: Workload, rounds: int, patience: float) -> Result:
     `patience` is how many seconds a round waits at most for other processes to leave.
     """
     workload.check()
-    reference = clock(Reference(workload.bytes_read, workload.bytes_updated))
+    reference = clock(Reference(workload))
     ours = clock(workload.ours)
     peers = [
         (kind, name, clock(run)) for kind, of in workload.peers.items() for name, run in of.items()
@@ -162,8 +168,8 @@ def measure(workload: Workload, rounds: int, patience: float) -> Result:
     for kind, of in workload.peers.items():
         fastest = min(of, key=lambda name, kind=kind: statistics.median(slower[kind, name]))
         result.values[f"vs_{kind}"] = Ratio.of(slower[kind, fastest])
-        if kind == "strongest":
-            result.values["strongest"] = fastest
+        if len(of) > 1 or kind == "strongest":
+            result.values[kind] = fastest
     return result
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks write."""
+"""What the benchmarks write, and that the ways that they compare do the same."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import mnist, report
+from bench import masked_optim, mnist, report
 from bench.report import Column, Ratio, Result, Section
 from bench.slicing import Curve, compared
 
@@ -88,3 +88,13 @@ def test_the_study_of_slices_ends_with_its_summary():
     )
     summary = json.loads(done.stdout.splitlines()[-1])
     assert set(summary["LeNet-5, MNIST: taylor, semantic"]) == {"vs_global", "vs_category"}
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+@pytest.mark.parametrize("kind", masked_optim.KINDS)
+def test_all_ways_to_tune_rows_are_compared_and_agree(kind, share):
+    workload = masked_optim.workload("small", masked_optim.KINDS[kind], 2, 16, share, rotated=0)
+    workload.check()
+    assert set(workload.peers) == {"hook", "correct", "fused"}
+    for way in (workload.ours, *(run for of in workload.peers.values() for run in of.values())):
+        way(0)

@@ -1,5 +1,6 @@
-// The new value of a parameter; the gradient arrives multiplied by `scale`. The order of the
-// operations, and so the rounding, is that of torch.optim's plain implementation.
+// The new value of a parameter; the gradient arrives multiplied by `scale`, and `state` has room
+// for every state that the rule may have. The order of the operations, and so the rounding, is that
+// of torch.optim's plain implementation.
 //
 // Included inside a namespace that has fused(), root(), larger() and chosen() for V: of one element
 // in optimizer_math.h, and of sixteen at once in the code of each instruction set, which can inline

@@ -64,8 +64,8 @@ TYPED_TEST(OptimizerMath, GradientIsDividedByItsScale) {
   const Sgd<TypeParam> sgd(0, 0, 0, false, false);
   EXPECT_EQ(this->step(sgd, 0.1, 0, 2, 96, nullptr, 32), this->step(sgd, 0.1, 0, 2, 3));
   const Adamw<TypeParam> adamw(0.9, 0.999, 1e-8, 0.01, true, false, false);
-  TypeParam scaled[] = {1, 1};
-  TypeParam plain[] = {1, 1};
+  TypeParam scaled[] = {1, 1, 0};
+  TypeParam plain[] = {1, 1, 0};
   EXPECT_EQ(this->step(adamw, 0.1, 4, 2, 96, scaled, 32), this->step(adamw, 0.1, 4, 2, 3, plain));
   EXPECT_EQ(scaled[0], plain[0]);
   EXPECT_EQ(scaled[1], plain[1]);
@@ -74,7 +74,7 @@ TYPED_TEST(OptimizerMath, GradientIsDividedByItsScale) {
 TYPED_TEST(OptimizerMath, AdamwFirstStepHasTheLengthOfTheLearningRate) {
   const Adamw<TypeParam> rule(0.9, 0.999, 0, 0, true, false, false);
   for (const double grad : {1e-3, 7.0, -40.0}) {
-    TypeParam state[] = {0, 0};
+    TypeParam state[3] = {};
     EXPECT_NEAR(this->step(rule, 0.1, 0, 2, grad, state), grad > 0 ? 1.9 : 2.1,
                 10 * this->kTolerance);
   }
@@ -84,7 +84,7 @@ TYPED_TEST(OptimizerMath, AdamwFollowsItsFormulas) {
   for (const bool decoupled : {true, false}) {
     const Adamw<TypeParam> rule(0.8, 0.95, 1e-3, 0.02, decoupled, false, true);
     TypeParam param = 1.5;
-    TypeParam state[] = {0, 0};
+    TypeParam state[3] = {};
     double expected = 1.5;
     double m_expected = 0;
     double v_expected = 0;
@@ -119,7 +119,7 @@ TYPED_TEST(OptimizerMath, AmsgradDividesByTheLargestSoFar) {
 
 TYPED_TEST(OptimizerMath, AdamwInterpolatesFromTheNearerEnd) {
   const Adamw<TypeParam> rule(0, 0.9, 1e-8, 0, true, false, false);
-  TypeParam state[] = {static_cast<TypeParam>(1e10), 0};
+  TypeParam state[] = {static_cast<TypeParam>(1e10), 0, 0};
   this->step(rule, 0.1, 0, 0, 0.3, state);
   EXPECT_EQ(state[0], static_cast<TypeParam>(0.3));
 }

@@ -45,6 +45,8 @@ class Updater {
   }
 
  private:
+  static constexpr int64_t kAhead = 512;
+
   // Elements [from, to) of a line that belongs to one row.
   void along_row(int64_t line, int64_t from, int64_t to) const {
     const TunedRows::Place start = where_.line(line);
@@ -52,7 +54,9 @@ class Updater {
     const int64_t state = line * where_.width;
     int64_t i = from;
     if (adjacent_) {
+      const TunedRows::Place following = line + 1 < where_.lines ? where_.line(line + 1) : start;
       for (; i + 16 <= to; i += 16) {
+        prefetch(start, following, i, state + i);
         update_adjacent(shares, param_ + start.param + i, grad_ + start.grad + i, state + i);
       }
     }
@@ -60,6 +64,19 @@ class Updater {
       update_scattered(shares, std::min<int64_t>(16, to - i), state + i,
                        [&](int64_t j) { return where_.along(start, i + j); });
     }
+  }
+
+  // Asks for what comes kAhead elements after element i of a line. Rows lie apart, so where to go
+  // on after a line is more than the processor can foresee.
+  NSS_INLINE void prefetch(const TunedRows::Place& line, const TunedRows::Place& following,
+                           int64_t i, int64_t state) const {
+    const int64_t ahead = std::min(kAhead, where_.width);
+    const bool within = i + ahead < where_.width;
+    const TunedRows::Place& there = within ? line : following;
+    const int64_t later = within ? i + ahead : i + ahead - where_.width;
+    __builtin_prefetch(param_ + there.param + later);
+    __builtin_prefetch(grad_ + there.grad + later);
+    for (int k = 0; k < kStates; ++k) __builtin_prefetch(states_[k] + state + ahead);
   }
 
   // Elements [from, to) of a line with one element of each row.

@@ -1,0 +1,254 @@
+"""MaskedAdamW and MaskedSGD against memory and against torch's fused optimizers.
+
+python -m bench.masked_optim            all, writes bench/results/
+python -m bench.masked_optim --quick    small tensors, few rounds, nothing written
+
+A whole `step()` is timed, of a tuned share of the rows, chosen at random. The last line is one JSON
+object. Per workload: `limit`, the share of the physical limit; `vs_hook`, how many times longer it
+takes to mask the gradients and let the dense fused optimizer step, which is wrong: decay and
+momentum move the frozen rows; `vs_correct`, the fastest of two ways that are right: gathered rows
+under the fused optimizer, scattered back, and the mask with the frozen rows restored afterwards;
+`vs_fused`, the dense fused optimizer alone, which tunes everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from bench import harness
+from bench.device import ON_GPU, use_device
+from bench.harness import CACHE_BYTES, Workload
+from bench.report import Column, Section
+from neusemslice import reference
+from neusemslice.optim import MaskedAdamW, MaskedSGD
+
+COLUMNS = (
+    Column("ms", "ms", "number"),
+    Column("gigabytes", "GB/s", "number"),
+    Column("limit", "of limit", "share", in_summary=True),
+    Column("vs_hook", "× mask hook (wrong)", "times", in_summary=True),
+    Column("vs_correct", "× correct", "times", in_summary=True),
+    Column("vs_fused", "× dense fused", "times", in_summary=True),
+    Column("correct", "fastest correct", "text"),
+)
+NOTE = (
+    "One `step()` over float32 parameters with full gradients. “of limit”: the time in which "
+    "memory moves the same bytes (per tuned weight 28 with AdamW, 20 with SGD) with the same mix "
+    "of reads and writes, over ours. Masking gradients is wrong: decay and momentum move frozen "
+    "rows."
+)
+
+
+@dataclass
+class Kind:
+    """An optimizer: ours, torch's, and how it is asked for."""
+
+    masked: type[torch.optim.Optimizer]
+    dense: type[torch.optim.Optimizer]
+    options: dict[str, Any]
+    states: tuple[str, ...]
+    oracle: Callable[..., dict[str, Tensor]]
+
+
+KINDS = {
+    "AdamW": Kind(
+        MaskedAdamW,
+        torch.optim.AdamW,
+        {"lr": 1e-3, "weight_decay": 1e-2},
+        ("exp_avg", "exp_avg_sq"),
+        lambda param, grad, rows, options: reference.masked_adamw(
+            param,
+            grad,
+            torch.zeros(len(rows), param.shape[1]),
+            torch.zeros(len(rows), param.shape[1]),
+            None,
+            torch.zeros(len(rows)),
+            rows,
+            0,
+            **options,
+        ),
+    ),
+    "SGD": Kind(
+        MaskedSGD,
+        torch.optim.SGD,
+        {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4},
+        ("momentum_buffer",),
+        lambda param, grad, rows, options: reference.masked_sgd(
+            param,
+            grad,
+            torch.zeros(len(rows), param.shape[1]),
+            torch.zeros(len(rows)),
+            rows,
+            0,
+            **options,
+        ),
+    ),
+}
+
+
+def with_gradients(tensors: list[Tensor], gradients: list[Tensor]) -> list[nn.Parameter]:
+    params = [nn.Parameter(t) for t in tensors]
+    for p, grad in zip(params, gradients, strict=True):
+        p.grad = grad
+    return params
+
+
+class Setting:
+    """Parameters with gradients of which a share of the rows is tuned, in each of the ways."""
+
+    def __init__(self, kind: Kind, count: int, size: int, share: float) -> None:
+        self.kind = kind
+        tuned = max(1, round(share * size))
+        self.gradients = [torch.randn(size, size) for _ in range(count)]
+        self.params = with_gradients(
+            [torch.randn(size, size) for _ in range(count)], self.gradients
+        )
+        self.rows = [torch.randperm(size)[:tuned].sort().values for _ in range(count)]
+        self.ours = self.masked(self.params)
+        self.compact = [
+            nn.Parameter(p.detach()[r]) for p, r in zip(self.params, self.rows, strict=True)
+        ]
+        self.gathered = self.fused(self.compact)
+
+    def masked(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        return self.kind.masked([{"params": params, "rows": self.rows}], **self.kind.options)
+
+    def fused(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+        # A captured graph needs the number of steps on the device.
+        capturable = {"capturable": True} if ON_GPU and "exp_avg" in self.kind.states else {}
+        return self.kind.dense(params, **self.kind.options, **capturable, fused=True)
+
+    def step_gathered(self) -> None:
+        for p, own, rows in zip(self.params, self.compact, self.rows, strict=True):
+            assert p.grad is not None
+            own.grad = p.grad.index_select(0, rows)
+        self.gathered.step()
+        with torch.no_grad():
+            for p, own, rows in zip(self.params, self.compact, self.rows, strict=True):
+                p.index_copy_(0, rows, own)
+
+
+class Dense:
+    """The ways over whole parameters."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.params = with_gradients(
+            [p.detach().clone() for p in setting.params], [g.clone() for g in setting.gradients]
+        )
+        self.optimizer = setting.fused(self.params)
+        self.masks, self.frozen = [], []
+        for p, rows in zip(self.params, setting.rows, strict=True):
+            mask = torch.zeros(p.shape[0], 1)
+            mask[rows] = 1
+            self.masks.append(mask)
+            self.frozen.append((mask[:, 0] == 0).nonzero().flatten())
+        self.saved = [p.detach()[f] for p, f in zip(self.params, self.frozen, strict=True)]
+
+    def hook(self) -> None:
+        for p, mask in zip(self.params, self.masks, strict=True):
+            assert p.grad is not None
+            p.grad.mul_(mask)
+        self.optimizer.step()
+
+    def restored(self) -> None:
+        self.hook()
+        with torch.no_grad():
+            for p, frozen, saved in zip(self.params, self.frozen, self.saved, strict=True):
+                p.index_copy_(0, frozen, saved)
+
+
+def check(kind: Kind, count: int, size: int, share: float) -> None:
+    """Compares all ways with float64 in some columns, and ours with itself and the frozen rows."""
+    torch.manual_seed(1)
+    setting = Setting(kind, count, size, share)
+    before = [p.detach().clone() for p in setting.params]
+    dense = Dense(setting)
+    again = with_gradients([b.clone() for b in before], setting.gradients)
+    setting.ours.step()
+    setting.masked(again).step()
+    found = [p.detach().clone() for p in setting.params]
+    setting.step_gathered()
+    dense.restored()
+    some = slice(0, 16)
+    for i, rows in enumerate(setting.rows):
+        harness.same_bits({"parameter": found[i]}, {"parameter": again[i].detach()})
+        untouched = torch.ones(size, dtype=torch.bool).index_fill(0, rows, False)
+        for way in (found[i], setting.params[i].detach(), dense.params[i].detach()):
+            if not torch.equal(way[untouched], before[i][untouched]):
+                raise AssertionError(f"frozen rows of parameter {i} moved")
+            with torch.device("cpu"):
+                own = (t[:, some].cpu() for t in (before[i], setting.gradients[i]))
+                expected = kind.oracle(*own, rows.cpu(), kind.options)
+            torch.testing.assert_close(
+                way[:, some].cpu().double(), expected["param"], rtol=1e-6, atol=1e-6
+            )
+
+
+def workload(
+    name: str, kind: Kind, count: int, size: int, share: float, rotated: int = 8 * CACHE_BYTES
+) -> Workload:
+    """A step of an optimizer over square parameters, whose buffers rotate over so many bytes."""
+    torch.manual_seed(0)
+    bytes_each = 4 * count * size * max(1, round(share * size))
+    copies = rotated // ((2 + len(kind.states)) * bytes_each) + 1
+    settings = [Setting(kind, count, size, share) for _ in range(copies)]
+    dense = Dense(settings[0])
+    correct = {"gathered rows": lambda call: settings[call % copies].step_gathered()}
+    if share < 1:
+        correct["restored"] = lambda _: dense.restored()
+    return Workload(
+        name,
+        bytes_each,
+        (1 + len(kind.states)) * bytes_each,
+        lambda call: settings[call % copies].ours.step(),
+        lambda: check(kind, count, size, share),
+        {
+            "hook": {"hook": lambda _: dense.hook()},
+            "correct": correct,
+            "fused": {"fused": lambda _: dense.optimizer.step()},
+        },
+        updates_rotate=True,
+    )
+
+
+SIZES = {"4096²": (1, 4096), "200 × 512²": (200, 512)}
+QUICK_SIZES = {"2048²": (1, 2048), "50 × 512²": (50, 512)}  # dense, still more than a cache holds
+GPU_SIZES = {"8 × 8192²": (8, 8192)}  # twice, with all states, what fits beside each other
+SHARES = (0.1, 0.5, 1.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="small tensors, few rounds")
+    quick = parser.parse_args().quick
+    use_device()
+    sizes = QUICK_SIZES if quick else GPU_SIZES if ON_GPU else SIZES
+    console = Console(width=160)
+    section = Section("masked_optim", "Optimizer steps over tuned rows", NOTE, COLUMNS, [])
+    for kind_name, kind in KINDS.items():
+        for size_name, (count, size) in sizes.items():
+            for share in SHARES[::2] if quick else SHARES:
+                name = f"{kind_name} {size_name} {share:.0%}"
+                section.results.append(
+                    harness.measure(
+                        workload(name, kind, count, size, share),
+                        3 if quick else 11,
+                        0.2 if quick else 5.0,
+                    )
+                )
+                console.print(f"{name}: done", style="dim")
+    section.show(console)
+    if not quick:
+        console.print(f"written: {section.write().name}")
+    print(section.summary())
+
+
+if __name__ == "__main__":
+    main()
