@@ -18,7 +18,6 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from neusemslice.graph import reset_compiler
 from neusemslice.optim._masked import MaskedOptimizer
@@ -128,10 +127,11 @@ def row_gradients(model: nn.Module, groups: Iterable[dict[str, Any]]) -> Iterato
             the block does not see it, or a model that is in such a block already. Nothing has
             changed then.
     """
+    _refuse_model(model)
     given = list(groups)
     checked = _CheckedGroups(given).param_groups
     owners = _owners(model)
-    _refuse(model, checked, owners)
+    _refuse_parameters(model, checked, owners)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     made = RowGradients([_tuned_group(*both) for both in zip(given, checked, strict=True)])
     with ExitStack() as stack:
@@ -193,12 +193,8 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return owners
 
 
-def _refuse(
-    model: nn.Module,
-    groups: list[dict[str, Any]],
-    owners: Mapping[int, list[tuple[nn.Module, str]]],
-) -> None:
-    """Raises for what would train in silence with a wrong gradient, or with none."""
+def _refuse_model(model: nn.Module) -> None:
+    """Raises for a model that cannot be entered."""
     for name, module in model.named_modules():
         if isinstance(module, _Rows):
             raise ValueError(f"row_gradients: {name or 'the model'} is in such a block already")
@@ -207,6 +203,14 @@ def _refuse(
                 "row_gradients: DistributedDataParallel knows the parameters that it was made "
                 "with; give the model in it, and wrap that inside the block"
             )
+
+
+def _refuse_parameters(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    owners: Mapping[int, list[tuple[nn.Module, str]]],
+) -> None:
+    """Raises for what would train in silence with a wrong gradient, or with none."""
     tuned = {}
     for number, group in enumerate(groups):
         for index, (parameter, rows) in enumerate(zip(group["params"], group["rows"], strict=True)):
@@ -281,14 +285,16 @@ class _Layer(_Rows):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         module = cast("nn.Module", self)
         weight, bias = self._parameters["weight"], self._parameters.get("bias")
-        unbatched = isinstance(module, _ConvNd) and x.dim() != len(module.kernel_size) + 2
-        if unbatched or any(p is not None and p.requires_grad for p in (weight, bias)):
-            return cast("Tensor", super().forward(x, *args, **kwargs))  # type: ignore[misc]
-        assert weight is not None
         tuned, tuned_bias = self._tuned_rows.get("weight"), self._tuned_rows.get("bias")
+        found = None
+        if not any(p is not None and p.requires_grad for p in (weight, bias)):
+            found = kind_of(module, x, tuned.neuron_dim if tuned else 0, *args, **kwargs)
+        if found is None:
+            return cast("Tensor", super().forward(x, *args, **kwargs))  # type: ignore[misc]
         for member in self._tuned_rows.values():
             member.write()
-        kind, x = kind_of(module, x, tuned.neuron_dim if tuned else 0, *args, **kwargs)
+        kind, x = found
+        assert weight is not None
         return apply_layer(
             kind,
             x,

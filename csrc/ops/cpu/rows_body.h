@@ -74,7 +74,11 @@ void pack_planes(const ConvRowsLayout& at, const S* x, Value<S>* planes) {
         Value<S>* packed = planes + (z * at.extent[1] + y) * at.extent[2];
         if (at.stride[2] == 1) {
           const S* from = line + place(2, width.first);
-          for (int64_t i = width.first; i < width.last; ++i) packed[i] = to_value(*from++);
+          if constexpr (std::is_same_v<S, Value<S>>) {
+            std::copy(from, from + (width.last - width.first), packed + width.first);
+          } else {
+            for (int64_t i = width.first; i < width.last; ++i) packed[i] = to_value(*from++);
+          }
         } else {
           for (int64_t i = width.first; i < width.last; ++i)
             packed[i] = to_value(line[place(2, i)]);

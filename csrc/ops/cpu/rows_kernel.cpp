@@ -147,6 +147,8 @@ at::Tensor rows_conv_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
   const int64_t block = std::max<int64_t>(1, 9 / shape.taps());
   const int64_t blocks = (shape.inputs + block - 1) / block;
   const int64_t outputs = shape.outputs / groups;
+  char* const first_sum = static_cast<char*>(sums.mutable_data_ptr());
+  const int64_t part_bytes = count * shape.inputs * shape.taps() * sums.element_size();
   at::parallel_for(0, parts * groups * blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t part = task / (groups * blocks);
@@ -156,7 +158,7 @@ at::Tensor rows_conv_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
       if (first_row == last_row) continue;
       loops().conv_rows(job, {part * shape.samples / parts, (part + 1) * shape.samples / parts,
                               first_row, last_row, first, std::min(first + block, shape.inputs),
-                              group * shape.inputs, sums.select(0, part).mutable_data_ptr()});
+                              group * shape.inputs, first_sum + part * part_bytes});
     }
   });
   at::Tensor out = sums.select(0, 0);
