@@ -1,49 +1,13 @@
 """MaskedSGD and MaskedAdamW: frozen stays frozen, tuned rows follow torch.optim."""
 
-import copy
-import io
-import warnings
 from collections.abc import Iterator
 
 import pytest
 import torch
 from helpers import num_threads, same_bits
-from torch import Tensor, nn
+from optimizers import BOTH, EVERY, LAYERS, OPTIMIZERS, STEPS, Twins, simple, tuned
+from torch import nn
 from torch.optim import lr_scheduler
-
-from neusemslice.optim import MaskedAdamW, MaskedSGD
-
-OPTIMIZERS = {
-    "sgd": (MaskedSGD, torch.optim.SGD, {"lr": 0.01}),
-    "nesterov": (
-        MaskedSGD,
-        torch.optim.SGD,
-        {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
-    ),
-    "adamw": (MaskedAdamW, torch.optim.AdamW, {"lr": 1e-3, "weight_decay": 0.05}),
-    "amsgrad": (
-        MaskedAdamW,
-        torch.optim.AdamW,
-        {"lr": 1e-3, "betas": (0.8, 0.99), "amsgrad": True, "maximize": True},
-    ),
-}
-BOTH = pytest.mark.parametrize("name", ["nesterov", "amsgrad"])
-EVERY = pytest.mark.parametrize("name", list(OPTIMIZERS))
-STEPS = 1000
-
-# Shape, neuron dimension and tuned rows of parameters as layers have them.
-LAYERS = {
-    "linear": ((12, 10), 0, [0, 3, 4, 11]),
-    "bias": ((12,), 0, [0, 3, 4, 11]),
-    "linear inputs": ((8, 12), 1, [0, 3, 4, 11]),
-    "conv channels_last": ((8, 4, 3, 3), 0, [1, 7]),
-    "conv inputs channels_last": ((6, 8, 3, 3), 1, [1, 7]),
-    "fused qkv": ((24, 8), -2, [0, 1, 8, 9, 16, 17]),
-    "embedding": ((20, 6), -1, [2, 5]),
-    "norm": ((8,), 0, [1, 7]),
-    "nothing": ((5, 4), 0, []),
-    "everything": ((3, 4), 0, [0, 1, 2]),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -54,72 +18,6 @@ def _one_thread() -> Iterator[None]:
     """
     with num_threads(1):
         yield
-
-
-def parameters(device: torch.device) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(7)
-    made = []
-    for name, (shape, _, _) in LAYERS.items():
-        values = torch.randn(shape, generator=generator).to(device)
-        if "channels_last" in name:
-            values = values.to(memory_format=torch.channels_last)
-        made.append(nn.Parameter(values))
-    return made
-
-
-def group(params: list[nn.Parameter]) -> dict:
-    return {
-        "params": params,
-        "rows": [rows for _, _, rows in LAYERS.values()],
-        "neuron_dims": [dim for _, dim, _ in LAYERS.values()],
-    }
-
-
-def tuned(parameter: Tensor, rows: list[int], dim: int) -> Tensor:
-    """True in the tuned rows."""
-    mask = torch.zeros(parameter.shape, dtype=torch.bool, device=parameter.device)
-    return mask.index_fill(dim, torch.tensor(rows, dtype=torch.int64, device=mask.device), True)
-
-
-def gradients(device: torch.device, count: int = 40) -> list[list[Tensor]]:
-    """Gradients of `count` steps for all parameters, the same in every run."""
-    generator = torch.Generator().manual_seed(8)
-    return [
-        [torch.randn(shape, generator=generator).to(device) for shape, _, _ in LAYERS.values()]
-        for _ in range(count)
-    ]
-
-
-class Twins:
-    """The same parameters under a masked optimizer and under torch's own."""
-
-    def __init__(self, name: str, device: torch.device, **options: object) -> None:
-        masked, dense, settings = OPTIMIZERS[name]
-        settings = {**settings, **options}
-        self.before = [p.detach().clone() for p in parameters(device)]
-        self.params, self.twins = parameters(device), parameters(device)
-        self.masked = masked([group(self.params)], **settings)
-        self.dense = dense(self.twins, **settings)
-        self.gradients = gradients(device)
-
-    def set_gradients(self, step: int) -> None:
-        for p, twin, grad in zip(
-            self.params, self.twins, self.gradients[step % len(self.gradients)], strict=True
-        ):
-            p.grad, twin.grad = grad.clone(), grad.clone()
-
-    def check(self, but: str = "") -> None:
-        for (name, (_, dim, rows)), p, twin, before in zip(
-            LAYERS.items(), self.params, self.twins, self.before, strict=True
-        ):
-            if name == but:
-                continue
-            mask = tuned(p, rows, dim)
-            assert torch.equal(p[~mask], before[~mask]), name
-            assert not mask.any() or not torch.equal(p[mask], before[mask]), name
-            limit = 1e-6 * twin.abs().max()
-            assert not mask.any() or (p - twin)[mask].abs().max() <= limit, name
-            assert p.stride() == before.stride(), name
 
 
 class TestAgainstTorch:
@@ -309,384 +207,56 @@ class TestAgainstTorch:
         for p, twin in zip(params, twins, strict=True):
             torch.testing.assert_close(p, twin, rtol=1e-6, atol=1e-6)
 
-
-class TestManners:
-    def simple(self, name="amsgrad", device="cpu", rows=(0, 2), **options):
-        torch.manual_seed(3)
-        p = nn.Parameter(torch.randn(4, 3, device=device))
-        p.grad = torch.randn_like(p)
-        masked, _, settings = OPTIMIZERS[name]
-        groups = [{"params": [p], "rows": [list(rows)], "neuron_dims": [0]}]
-        return p, masked(groups, **{**settings, **options})
-
-    @BOTH
-    def test_state_is_that_of_the_tuned_rows(self, name, device):
-        t = Twins(name, device)
-        assert t.masked.state_bytes() == 0
-        t.set_gradients(0)
-        t.masked.step()
-        kinds = {"nesterov": 1, "amsgrad": 3}[name]
-        elements = sum(
-            int(tuned(p, rows, dim).sum())
-            for p, (_, dim, rows) in zip(t.params, LAYERS.values(), strict=True)
-        )
-        steps = sum(len(rows) for _, _, rows in LAYERS.values())
-        assert t.masked.state_bytes() == 4 * (kinds * elements + steps)
-
-    def test_without_momentum_there_is_no_state(self, device):
-        t = Twins("sgd", device)
-        t.set_gradients(0)
-        t.masked.step()
-        assert t.masked.state_bytes() == 0
-
-    def test_parameters_without_a_gradient_are_skipped(self, device):
-        t = Twins("adamw", device)
-        t.set_gradients(0)
-        t.params[1].grad = None
-        t.masked.step()
-        assert torch.equal(t.params[1], t.before[1])
-        assert not torch.equal(t.params[0], t.before[0])
-        assert t.params[1] not in t.masked.state
-        t.masked.zero_grad()
-        before = [p.detach().clone() for p in t.params]
-        t.masked.step()
-        assert all(torch.equal(p, b) for p, b in zip(t.params, before, strict=True))
-
-    @pytest.mark.parametrize(
-        "rows",
-        [
-            [1, 3],
-            (1, 3),
-            [False, True, False, True],
-            torch.tensor([1, 3]),
-            torch.tensor([False, True, False, True]),
-        ],
-        ids=str,
-    )
-    def test_rows_as_indices_or_mask(self, rows, device):
-        p = nn.Parameter(torch.zeros(4, 2, device=device))
-        optimizer = MaskedSGD([{"params": [p], "rows": [rows], "neuron_dims": [0]}], lr=1.0)
-        p.grad = torch.ones_like(p)
-        optimizer.step()
-        assert p[:, 0].tolist() == [0, -1, 0, -1]
-        kept = optimizer.param_groups[0]["rows"][0]
-        assert kept.dtype == torch.int64
-        assert kept.device == p.device
-
-    def test_rows_are_a_copy_and_groups_are_not_changed(self, device):
-        p = nn.Parameter(torch.zeros(4, 2, device=device))
-        rows = torch.tensor([1, 3], device=device)
-        given = {"params": [p], "rows": [rows], "neuron_dims": [-2]}
-        optimizer = MaskedSGD([given])
-        rows[0] = 0
-        assert optimizer.param_groups[0]["rows"][0].tolist() == [1, 3]
-        assert set(given) == {"params", "rows", "neuron_dims"}
-        assert given["neuron_dims"] == [-2]
-
-    def test_empty_rows(self, device):
-        p, optimizer = self.simple(rows=(), device=device)
-        before = p.detach().clone()
-        optimizer.step()
-        assert torch.equal(p, before)
-        assert optimizer.state_bytes() == 0
-
-    @pytest.mark.parametrize(
-        ("rows", "error", "message"),
-        [
-            ([4], ValueError, r"must lie in \[0, 4\), got 4"),
-            ([-1, 2], ValueError, r"must lie in \[0, 4\), got -1"),
-            ([2, 1], ValueError, r"must rise without repeats, got \[2, 1\]"),
-            ([1, 1], ValueError, "must rise without repeats"),
-            ([True, False], ValueError, r"must be a mask of 4 neurons, got bool \[2\]"),
-            ([[0, 1]], ValueError, r"must be int64 \[R\], got int64 \[1, 2\]"),
-            ([[0], [1, 2]], ValueError, "must be indices or a mask of 4 neurons"),
-            (torch.tensor([1.0]), TypeError, "must be int64 or bool, got torch.float32"),
-            (torch.tensor([1], dtype=torch.int32), TypeError, "must be int64 or bool"),
-        ],
-        ids=str,
-    )
-    def test_refuses_wrong_rows(self, rows, error, message, device):
-        p = nn.Parameter(torch.zeros(2, device=device))
-        q, optimizer = self.simple(device=device)
-        wrong = {"params": [p, nn.Parameter(q.detach().clone())], "rows": [[0], rows]}
-        with pytest.raises(error, match=f"MaskedAdamW: parameter 1 of group 1: its rows {message}"):
-            optimizer.add_param_group(wrong)
-        assert len(optimizer.param_groups) == 1
-        optimizer.step()
-        state = {k: v.clone() for k, v in optimizer.state[q].items()}
-        with pytest.raises(error, match=f"MaskedAdamW: parameter 0 of group 0: its rows {message}"):
-            optimizer.set_rows(q, rows)
-        assert optimizer.param_groups[0]["rows"][0].tolist() == [0, 2]
-        assert all(torch.equal(v, state[k]) for k, v in optimizer.state[q].items())
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"neuron_dims": [2]}, r"parameter 0 of group 0: its neuron dimension .* got 2"),
-            ({"neuron_dims": [-3]}, r"parameter 0 of group 0: its neuron dimension .* got -3"),
-            ({"neuron_dims": []}, "neuron_dims of group 0 must be a list of 1 entries.*got 0"),
-            ({"rows": [[0], [1]]}, "rows of group 0 must be a list of 1 entries.*got 2"),
-            ({"rows": torch.tensor([0])}, "rows of group 0 must be a list.*got Tensor"),
-        ],
-    )
-    def test_refuses_groups_that_do_not_fit(self, change, message, device):
-        p = nn.Parameter(torch.zeros(4, 3, device=device))
-        with pytest.raises(ValueError, match=message):
-            MaskedSGD([{"params": [p], "rows": [[0]], "neuron_dims": [0], **change}])
-
-    def test_refuses_a_parameter_twice_and_other_dtypes(self, device):
-        p = nn.Parameter(torch.zeros(4, 3, device=device))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, that this will be an error
-            with pytest.raises(ValueError, match="parameter 1 of group 0 is in the group twice"):
-                MaskedSGD([p, p])
-        z = nn.Parameter(torch.zeros(3, dtype=torch.complex64, device=device))
-        with pytest.raises(TypeError, match=r"parameter 1 of group 0 must be float64.*complex64"):
-            MaskedSGD([p, z])
-
-    @pytest.mark.parametrize(
-        ("make", "message"),
-        [
-            (lambda p: MaskedSGD(p, lr=-1.0), "MaskedSGD: lr must be at least 0, got -1"),
-            (lambda p: MaskedSGD(p, lr=torch.ones(2)), "lr must have one element"),
-            (lambda p: MaskedSGD(p, momentum=-0.1), "momentum must be at least 0, got -0.1"),
-            (lambda p: MaskedSGD(p, weight_decay=-0.1), "weight_decay must be at least 0"),
-            (lambda p: MaskedSGD(p, nesterov=True), "nesterov needs a momentum above 0"),
-            (
-                lambda p: MaskedSGD(p, momentum=0.9, dampening=0.1, nesterov=True),
-                "nesterov needs a momentum above 0 and no dampening.*0.9 and dampening 0.1",
-            ),
-            (lambda p: MaskedAdamW(p, betas=(1.0, 0.9)), r"betas\[0\] must lie in \[0, 1\)"),
-            (lambda p: MaskedAdamW(p, betas=(0.9, -1)), r"betas\[1\] must lie in \[0, 1\)"),
-            (lambda p: MaskedAdamW(p, eps=-1.0), "eps must be at least 0"),
-            (lambda p: MaskedAdamW([]), "empty parameter list"),
-        ],
-    )
-    def test_refuses_options_out_of_range(self, make, message):
-        with pytest.raises(ValueError, match=message):
-            make([nn.Parameter(torch.zeros(2))])
-
-    def test_refuses_sparse_gradients_before_anything_changes(self):
-        p = nn.Parameter(torch.ones(4, 3))
-        table = nn.Embedding(5, 2, sparse=True)
-        optimizer = MaskedAdamW([{"params": [p]}, {"params": table.parameters()}])
-        p.grad = torch.ones_like(p)
-        table(torch.tensor([1])).sum().backward()
-        with pytest.raises(ValueError, match="parameter 0 of group 1 has a sparse gradient"):
-            optimizer.step()
-        assert torch.equal(p, torch.ones(4, 3))
-        assert optimizer.state_bytes() == 0
-
-    def test_set_rows_keeps_the_state_of_rows_that_stay(self, device):
-        p, optimizer = self.simple(device=device)
-        optimizer.step()
-        old = dict(optimizer.state[p])
-        optimizer.set_rows(p, [False, True, True, False])
-        for key, state in optimizer.state[p].items():
-            assert state.shape[0] == 2
-            assert torch.equal(state[1], old[key][1])
-            assert (state[0] == 0).all()
-        optimizer.set_rows(p, [])
-        assert optimizer.state_bytes() == 0
-        optimizer.set_rows(p, [0, 1, 2])
-        optimizer.step()
-        assert optimizer.state[p]["step"].tolist() == [1, 1, 1]
-        with pytest.raises(ValueError, match="belongs to none of the groups"):
-            optimizer.set_rows(nn.Parameter(torch.zeros(2)), [0])
-
-    def test_set_rows_along_another_dimension_and_before_the_first_step(self, device):
-        p = nn.Parameter(torch.ones(3, 4, device=device))
-        optimizer = MaskedAdamW([{"params": [p], "rows": [[0, 1]], "neuron_dims": [1]}])
-        optimizer.set_rows(p, [1, 3])
-        p.grad = torch.ones_like(p)
-        optimizer.step()
-        assert (p[:, [0, 2]] == 1).all()
-        assert (p[:, [1, 3]] < 1).all()
-        optimizer.set_rows(p, [2, 3])
-        assert optimizer.state[p]["step"].tolist() == [0, 1]
-        assert (optimizer.state[p]["exp_avg"][:, 0] == 0).all()
-        assert (optimizer.state[p]["exp_avg"][:, 1] != 0).all()
-
-    def test_closure(self, device):
-        p, optimizer = self.simple(device=device)
-
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = p.square().sum()
-            loss.backward()
-            return loss
-
-        before = p.detach().clone()
-        loss = optimizer.step(closure)
-        assert loss.item() == before.square().sum().item()
-        assert torch.equal(p.grad, 2 * before)
-        assert not torch.equal(p[0], before[0])
-        assert optimizer.step() is None
-
-    def test_hooks_run(self, device):
-        _, optimizer = self.simple(device=device)
-        seen = []
-        optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
-        optimizer.register_step_post_hook(lambda *_: seen.append("after"))
-        optimizer.step()
-        assert seen == ["before", "after"]
-
-    def test_a_stale_graph_raises(self, device):
-        for start in (torch.ones(3, device=device), torch.tensor(1.0, device=device)):
-            p = nn.Parameter(start)
-            optimizer = MaskedSGD([p], lr=0.1)
-            loss = p.square().sum()
-            p.grad = torch.ones_like(p)
-            optimizer.step()
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                loss.backward()
-
-    def test_added_group(self, device):
-        _, optimizer = self.simple(device=device)
-        p = nn.Parameter(torch.ones(4, 2, device=device))
-        optimizer.add_param_group({"params": p, "rows": [[3]], "lr": 0.5, "amsgrad": False})
-        p.grad = torch.ones_like(p)
-        optimizer.step()
-        assert (p[:3] == 1).all()
-        assert (p[3] < 0.6).any() or (p[3] > 1.4).any()
-        assert "max_exp_avg_sq" not in optimizer.state[p]
-        with pytest.raises(TypeError, match="param_group must be a dict"):
-            optimizer.add_param_group([p])
-
-    @BOTH
-    def test_compiled_step(self, name, device):
-        p, optimizer = self.simple(name, device)
-        q, compiled = self.simple(name, device)
-        step = torch.compile(compiled.step, backend="aot_eager")
-        for _ in range(3):
-            optimizer.step()
-            step()
-        assert same_bits(p.detach(), q.detach())
-        torch.compiler.reset()
-
-
-class TestStateDict:
-    def halves(self, name, device, reload):
-        """Twelve steps, with `reload(optimizer, params)` giving what goes on after six."""
-        t = Twins(name, device)
-        params, optimizer = t.params, t.masked
-        for step in range(12):
-            if step == 6:
-                optimizer, params = reload(optimizer, params)
-            for p, grad in zip(params, t.gradients[step], strict=True):
-                p.grad = grad.clone()
-            optimizer.step()
-        return [p.detach() for p in params], optimizer
-
-    def fresh(self, name, params, device):
-        copies = [nn.Parameter(p.detach().clone()) for p in params]
-        masked, _, settings = OPTIMIZERS[name]
-        return copies, masked([{"params": copies}], **{**settings, "lr": 0.5})
-
     @EVERY
-    @pytest.mark.parametrize("through_a_file", [False, True])
-    def test_round_trip_continues_with_the_same_bits(self, name, through_a_file, device):
-        def reload(optimizer, params):
-            state = optimizer.state_dict()
-            if through_a_file:
-                file = io.BytesIO()
-                torch.save(state, file)
-                file.seek(0)
-                state = torch.load(file, weights_only=True)
-            copies, other = self.fresh(name, params, device)
-            other.load_state_dict(state)
-            return other, copies
-
-        straight, first = self.halves(name, device, lambda o, p: (o, p))
-        continued, second = self.halves(name, device, reload)
-        assert all(same_bits(a, b) for a, b in zip(straight, continued, strict=True))
-        assert first.state_bytes() == second.state_bytes()
-
-    def test_copied_and_pickled(self, device):
-        straight, _ = self.halves("amsgrad", device, lambda o, p: (o, p))
-
-        def copied(optimizer, params):
-            both = copy.deepcopy((optimizer, params))
-            assert both[0]._step_supports_amp_scaling
-            return both
-
-        continued, _ = self.halves("amsgrad", device, copied)
-        assert all(same_bits(a, b) for a, b in zip(straight, continued, strict=True))
-
-    def test_half_precision_state_stays_wide_and_is_not_shared(self, device):
-        def make():
-            torch.manual_seed(4)
-            p = nn.Parameter(torch.randn(4, 3, device=device).bfloat16())
-            p.grad = torch.randn_like(p)
-            return p, MaskedAdamW([{"params": [p], "rows": [[0, 2]]}])
-
-        (p, optimizer), (q, other) = make(), make()
-        optimizer.step()
-        saved = optimizer.state_dict()
-        other.load_state_dict(saved)
-        for key, state in other.state[q].items():
-            assert state.dtype == torch.float32
-            assert torch.equal(state, optimizer.state[p][key])
-        before = other.state[q]["exp_avg"].clone()
-        optimizer.step()
-        assert torch.equal(other.state[q]["exp_avg"], before)
-
-    def test_the_users_hooks_see_the_final_state(self, device):
-        p, optimizer = TestManners().simple(device=device)
-        optimizer.step()
-        q, other = TestManners().simple(device=device)
-
-        def rename(_, state):
-            group = {**state["param_groups"][0], "lr": 0.25}
-            return {**state, "param_groups": [group]}
-
-        seen = []
-        other.register_load_state_dict_pre_hook(rename)
-        other.register_load_state_dict_post_hook(
-            lambda o: seen.append(o.state[q]["exp_avg"].clone())
+    def test_masters_follow_float32(self, name, device):
+        masked, dense, settings = OPTIMIZERS[name]
+        start = torch.randn(6, 4, device=device).bfloat16()
+        p, twin = nn.Parameter(start.clone()), nn.Parameter(start.float())
+        groups = [{"params": [p], "rows": [[1, 4]]}]
+        optimizer, other = (
+            masked(groups, **settings, master_weights=True),
+            dense([twin], **settings),
         )
-        other.load_state_dict(optimizer.state_dict())
-        assert other.param_groups[0]["lr"] == 0.25
-        assert torch.equal(seen[0], optimizer.state[p]["exp_avg"])
-        assert len(other._optimizer_load_state_dict_pre_hooks) == 1
+        for _ in range(STEPS // 10):
+            p.grad = torch.randn_like(p)
+            twin.grad = p.grad.float()
+            optimizer.step()
+            other.step()
+        rest = [0, 2, 3, 5]
+        assert torch.equal(p[rest], start[rest])
+        master = optimizer.state[p]["master"]
+        assert torch.equal(p[[1, 4]], master.bfloat16())
+        assert (master - twin[[1, 4]]).abs().max() <= 1e-6 * twin.abs().max()
+        assert "master" not in masked([twin], master_weights=True).state[twin]
 
-    def test_a_saved_state_outlives_changed_rows(self, device):
-        p, optimizer = TestManners().simple(device=device)
-        optimizer.step()
-        saved = optimizer.state_dict()
-        optimizer.set_rows(p, [1])
-        optimizer.step()
-        optimizer.load_state_dict(saved)
-        assert optimizer.param_groups[0]["rows"][0].tolist() == [0, 2]
-        assert optimizer.state[p]["step"].tolist() == [1, 1]
 
-    def test_refuses_what_does_not_fit_and_changes_nothing(self, device):
-        _, optimizer = TestManners().simple(device=device)
-        optimizer.step()
-        saved = copy.deepcopy(optimizer.state_dict())
-        twin = nn.Parameter(torch.zeros(4, 3, device=device))
-        dense = torch.optim.AdamW([twin])
-        dense_state = dense.state_dict()
-        sgd_state = TestManners().simple("nesterov", device)[1].state_dict()
-        outside = copy.deepcopy(saved)
-        outside["param_groups"][0]["rows"] = [[0, 4]]
-        narrow = copy.deepcopy(saved)
-        narrow["state"][0]["exp_avg"] = narrow["state"][0]["exp_avg"][:1]
-        more = copy.deepcopy(saved)
-        more["param_groups"] *= 2
-        for bad, message in (
-            (dense_state, "group 0 of the loaded state has no neuron_dims, rows; it was not saved"),
-            (sgd_state, "has no amsgrad, betas, eps; it was not saved by a MaskedAdamW"),
-            (outside, r"parameter 0 of group 0: its rows must lie in \[0, 4\), got 4"),
-            (narrow, r"its loaded exp_avg must be a tensor of shape \[2, 3\], got \[1, 3\]"),
-            (more, "different number of parameter groups"),
-        ):
-            with pytest.raises(ValueError, match=message):
-                optimizer.load_state_dict(bad)
-        now = optimizer.state_dict()
-        for key, state in saved["state"][0].items():
-            assert torch.equal(now["state"][0][key], state)
-        assert now["param_groups"][0]["rows"][0].tolist() == [0, 2]
-        # The hooks through which loading looks at the state are gone again.
-        assert not optimizer._optimizer_load_state_dict_pre_hooks
-        assert not optimizer._optimizer_load_state_dict_post_hooks
+class TestClipping:
+    @pytest.mark.parametrize("norm_type", [2.0, 1.0, float("inf")])
+    @pytest.mark.parametrize("max_norm", [0.5, 1e6])
+    def test_by_the_tuned_rows_alone(self, norm_type, max_norm, device):
+        t = Twins("nesterov", device)
+        t.set_gradients(0)
+        masks = [
+            tuned(p, rows, dim) for p, (_, dim, rows) in zip(t.params, LAYERS.values(), strict=True)
+        ]
+        for twin, mask in zip(t.twins, masks, strict=True):
+            twin.grad[~mask] = 0
+        full = [p.grad.clone() for p in t.params]
+        expected = nn.utils.clip_grad_norm_(t.twins, max_norm, norm_type)
+        norm = t.masked.clip_grad_norm_(max_norm, norm_type)
+        torch.testing.assert_close(norm, expected)
+        for p, twin, mask, before in zip(t.params, t.twins, masks, full, strict=True):
+            torch.testing.assert_close(p.grad[mask], twin.grad[mask])
+            assert torch.equal(p.grad[~mask], before[~mask])
+
+    def test_what_it_cannot_clip_by(self, device):
+        p, optimizer = simple(device=device)
+        p.grad[1] = torch.nan  # a frozen row
+        assert optimizer.clip_grad_norm_(1.0).isfinite()
+        p.grad[2] = torch.inf
+        before = p.grad.clone()
+        with pytest.raises(RuntimeError, match=r"MaskedAdamW: the norm of the gradients.*got inf"):
+            optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
+        assert same_bits(p.grad, before)
+        p.grad = None
+        assert optimizer.clip_grad_norm_(1.0) == 0

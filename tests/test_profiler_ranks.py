@@ -1,15 +1,12 @@
 """Several processes profile as one would: whole, wrapped and sharded models."""
 
 import copy
-import datetime
-import multiprocessing
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from models import Mlp, Residual, images, loader, settled
+from ranks import on_ranks
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,26 +48,6 @@ def assert_close(a, b):
 def assert_same_bits(a, b):
     for name, tensor in a.state_dict().items():
         assert torch.equal(tensor, b.state_dict()[name]), name
-
-
-# Processes come from a server that has imported what is slow to import.
-multiprocessing.set_forkserver_preload(["neusemslice", "torch.distributed.fsdp"])
-
-
-def _started(rank, address, world, work, *args):
-    torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=60)  # for a rank that waits for others in vain
-    dist.init_process_group("gloo", address, limit, rank=rank, world_size=world)
-    work(rank, world, *args)
-    dist.destroy_process_group()
-
-
-def on_ranks(world, work, folder, *args):
-    """Runs ``work(rank, world, *args)`` in as many processes; an error in one is an error here."""
-    address = f"file://{folder}/rendezvous"
-    mp.start_processes(
-        _started, (address, world, work, *args), nprocs=world, start_method="forkserver"
-    )
 
 
 def saved(folder, world):

@@ -1,9 +1,10 @@
-"""AdamW over tuned rows."""
+"""Adam and AdamW over tuned rows."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -29,12 +30,19 @@ class MaskedAdamW(MaskedOptimizer):
         weight_decay: likewise.
         amsgrad: likewise.
         maximize: likewise.
+        decoupled_weight_decay: without it the decay is part of the gradient, as in
+            ``torch.optim.Adam``.
+        master_weights: whether the tuned rows of float16 and bfloat16 parameters are also held in
+            float32, from the first step on. Steps too small for the parameter to show then add up.
+            Values that are written into such a parameter by other means are overwritten.
 
     Raises:
         TypeError: for a parameter or rows of a wrong dtype.
         ValueError: for an option out of range, or naming the parameter whose rows or neuron
             dimension do not fit it.
     """
+
+    _torch_kinds = (torch.optim.Adam, torch.optim.AdamW)
 
     def __init__(
         self,
@@ -46,6 +54,8 @@ class MaskedAdamW(MaskedOptimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        decoupled_weight_decay: bool = True,
+        master_weights: bool = False,
     ) -> None:
         for i, beta in enumerate(betas):
             if not 0 <= beta < 1:
@@ -59,12 +69,18 @@ class MaskedAdamW(MaskedOptimizer):
             "weight_decay": weight_decay,
             "amsgrad": amsgrad,
             "maximize": maximize,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "master_weights": master_weights,
         }
         super().__init__(params, defaults)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         names = ("exp_avg", "exp_avg_sq")
         return (*names, "max_exp_avg_sq") if group["amsgrad"] else names
+
+    def _torch_kind(self) -> type[torch.optim.Optimizer]:
+        decoupled = all(group["decoupled_weight_decay"] for group in self.param_groups)
+        return torch.optim.AdamW if decoupled else torch.optim.Adam
 
     def _update(self, group: dict[str, Any], call: OperatorCall) -> None:
         beta1, beta2 = group["betas"]
@@ -74,7 +90,8 @@ class MaskedAdamW(MaskedOptimizer):
             call.states.get("exp_avg", []),
             call.states.get("exp_avg_sq", []),
             call.states.get("max_exp_avg_sq", []),
-            call.steps,
+            call.states.get("master", []),
+            call.states.get("step", []),
             call.rows,
             call.neuron_dims,
             call.lr,
@@ -82,6 +99,7 @@ class MaskedAdamW(MaskedOptimizer):
             beta2=beta2,
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            decoupled_weight_decay=group["decoupled_weight_decay"],
             amsgrad=group["amsgrad"],
             maximize=group["maximize"],
             grad_scale=call.grad_scale,

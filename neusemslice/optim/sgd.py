@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
@@ -30,12 +31,17 @@ class MaskedSGD(MaskedOptimizer):
         weight_decay: likewise.
         nesterov: likewise; needs a momentum and no dampening.
         maximize: likewise.
+        master_weights: whether the tuned rows of float16 and bfloat16 parameters are also held in
+            float32, from the first step on. Steps too small for the parameter to show then add up.
+            Values that are written into such a parameter by other means are overwritten.
 
     Raises:
         TypeError: for a parameter or rows of a wrong dtype.
         ValueError: for an option out of range, or naming the parameter whose rows or neuron
             dimension do not fit it.
     """
+
+    _torch_kinds = (torch.optim.SGD,)
 
     def __init__(
         self,
@@ -47,6 +53,7 @@ class MaskedSGD(MaskedOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        master_weights: bool = False,
     ) -> None:
         if not momentum >= 0:
             raise ValueError(f"MaskedSGD: momentum must be at least 0, got {momentum}")
@@ -62,6 +69,7 @@ class MaskedSGD(MaskedOptimizer):
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "maximize": maximize,
+            "master_weights": master_weights,
         }
         super().__init__(params, defaults)
 
@@ -73,7 +81,8 @@ class MaskedSGD(MaskedOptimizer):
             call.params,
             call.grads,
             call.states.get("momentum_buffer", []),
-            call.steps,
+            call.states.get("master", []),
+            call.states.get("step", []),
             call.rows,
             call.neuron_dims,
             call.lr,

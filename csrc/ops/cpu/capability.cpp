@@ -15,7 +15,7 @@ Capability widest() {
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
     return __builtin_cpu_supports("avx512bitalg") ? Capability::kAvx512Bitalg : Capability::kAvx512;
   }
-  if (__builtin_cpu_supports("avx2")) return Capability::kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Capability::kAvx2;
 #endif
   return Capability::kPortable;
 }
