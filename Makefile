@@ -27,6 +27,7 @@ bench: build
 	$(BIN)/python -m bench.class_stats
 	$(BIN)/python -m bench.contribution
 	$(BIN)/python -m bench.profiler
+	$(BIN)/python -m bench.readapt_step
 	$(BIN)/python -m bench.similarity
 
 build: $(VENV)/.built

@@ -52,3 +52,13 @@ def test_a_section_replaces_itself_and_leaves_the_others(results):
     text = page.read_text()
     assert "## Title of a" in text
     assert "| fp32 K=10 | 1.50 | 90.0% (40.0% … 60.0%) | – | index_add_ |" in text
+
+
+def test_a_step_of_readaptation_is_measured():
+    readapt_step = pytest.importorskip("bench.readapt_step")
+    result = readapt_step.measure("ResNet-20", readapt_step.resnet20(2), 0.25, rounds=2)
+    assert result.name == "ResNet-20 25%"
+    assert {"vs_full", "vs_hook", "vs_lora", "memory"} <= result.values.keys()
+    # State is held for tuned rows alone, beside each row's number of steps.
+    tuned = result.values["tuned"].median
+    assert 0.9 / tuned < result.values["memory"].median < 1.1 / tuned

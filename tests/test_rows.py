@@ -314,6 +314,35 @@ class TestTraining:
             torch.testing.assert_close(whole.grad[[0, 2]], dense.weight.grad[[0, 2]])
             assert not whole.grad[1].any()
 
+    def test_replaced_parameters_are_read_as_they_are(self):
+        model, x = Parent().double(), torch.randn(5, 12).double()
+        groups = [{"params": [model.fc.weight], "rows": [[1, 6]]}]
+        with row_gradients(model, groups) as tuned:
+            (member,) = tuned.tuned
+            before = member.parameter.detach().clone()
+            leaf = (2 * member.leaf).detach().requires_grad_()
+            other = torch.randn_like(before).requires_grad_()
+            for replaced in ({"fc.weight_rows": leaf}, {"fc.weight": other}):
+                dense = copy.deepcopy(before)
+                if "fc.weight" in replaced:
+                    dense = other.detach().clone()
+                dense[[1, 6]] = replaced.get("fc.weight_rows", member.leaf).detach()
+                dense.requires_grad_()
+                out = torch.func.functional_call(model, replaced, (x,))
+                expected = F.linear(F.linear(x, dense, model.fc.bias), model.own)
+                expected = expected + F.linear(x, dense)
+                torch.testing.assert_close(out, expected)
+                wanted = [*replaced.values(), *([member.leaf] if "fc.weight" in replaced else [])]
+                found = torch.autograd.grad(out.pow(2).sum(), wanted)
+                (of_dense,) = torch.autograd.grad(expected.pow(2).sum(), dense)
+                torch.testing.assert_close(found[-1], of_dense[[1, 6]])
+            assert torch.equal(found[0][0], of_dense[0])
+        state = {name: torch.ones_like(t) for name, t in model.state_dict().items()}
+        with row_gradients(model, groups) as tuned:
+            model.load_state_dict(state, assign=True)
+            assert torch.equal(tuned.parameters()[0], torch.ones(2, 12).double())
+            assert dict(model.named_parameters())["fc.weight"] is tuned.tuned[0].parameter
+
     def test_groups_keep_their_options_and_whole_parameters(self):
         model = settled(Mlp(), 12)
         groups = [
@@ -354,7 +383,7 @@ class TestRefusals:
             (
                 Mlp(),
                 [{"params": [nn.Parameter(torch.zeros(3))]}],
-                r"parameter 0 of group 0, \[3\], is",
+                r"a parameter \[3\] with 3 rows",
             ),
             (
                 nn.LSTM(3, 4),
