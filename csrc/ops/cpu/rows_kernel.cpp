@@ -23,6 +23,7 @@
 // For all rows, train the layer whole. 1 x 1 convolutions by at::bmm took 9.9 ms where this takes
 // 8.7.
 
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -181,8 +182,14 @@ at::Tensor rows_conv_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
                               group * shape.inputs, first_sum + part * part_bytes});
     }
   });
-  at::Tensor out = sums.select(0, 0);
-  for (int64_t part = 1; part < parts; ++part) out.add_(sums.select(0, part));
+  const at::Tensor out = sums.select(0, 0);
+  AT_DISPATCH_FLOATING_TYPES(sums.scalar_type(), "rows_conv_backward", [&] {
+    scalar_t* total = sums.mutable_data_ptr<scalar_t>();
+    const int64_t size = out.numel();
+    for (int64_t part = 1; part < parts; ++part) {
+      for (int64_t i = 0; i < size; ++i) total[i] += total[part * size + i];
+    }
+  });
   return out.view(sizes).to(grad.scalar_type(), false, true);
 }
 
