@@ -306,14 +306,14 @@ def main() -> None:
     logging.getLogger("peft").setLevel(logging.ERROR)
     console = Console(width=160)
     models = {
-        "ResNet-20": resnet20(128),
+        "ResNet-20": resnet20(32 if quick else 128),
         "ViT-S": vit_small(2 if quick else 8, 2 if quick else 12),
         "BERT": bert_base(2 if quick else 8, 2 if quick else 12),
     }
     section = Section("readapt_step", "A step of re-adaptation", NOTE, COLUMNS, [])
     for name, workload in models.items():
         for share in (0.10,) if quick else SHARES:
-            section.results.append(measure(name, workload, share, 5 if quick else 9))
+            section.results.append(measure(name, workload, share, 3 if quick else 9))
             console.print(f"{section.results[-1].name}: done", style="dim")
     section.show(console)
     if not quick:

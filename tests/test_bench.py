@@ -98,3 +98,13 @@ def test_all_ways_to_tune_rows_are_compared_and_agree(kind, share):
     assert set(workload.peers) == {"hook", "correct", "fused"}
     for way in (workload.ours, *(run for of in workload.peers.values() for run in of.values())):
         way(0)
+
+
+def test_a_step_of_readaptation_is_measured():
+    readapt_step = pytest.importorskip("bench.readapt_step")
+    result = readapt_step.measure("ResNet-20", readapt_step.resnet20(2), 0.25, rounds=2)
+    assert result.name == "ResNet-20 25%"
+    assert {"vs_full", "vs_hook", "vs_lora", "memory"} <= result.values.keys()
+    # State is held for tuned rows alone, beside each row's number of steps.
+    tuned = result.values["tuned"].median
+    assert 0.9 / tuned < result.values["memory"].median < 1.1 / tuned

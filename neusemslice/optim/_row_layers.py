@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from neusemslice import ops
@@ -173,6 +174,38 @@ class EmbeddingKind:
         return cast("Tensor", found if self.neuron_dim == 1 else found[:count])
 
 
+@dataclass(frozen=True)
+class BatchNormKind:
+    """A batch norm with given statistics: each neuron times a number, plus another."""
+
+    mean: Tensor
+    var: Tensor
+    eps: float
+    neuron_dim: int = 0
+    output_dim: int = 1
+    autocast: bool = False
+
+    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.batch_norm(x, self.mean, self.var, weight, bias, False, 0.0, self.eps)
+
+    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+        scale = weight * torch.rsqrt(self.var + self.eps)
+        return (grad * scale.view(-1, *[1] * (grad.dim() - 2))).to(x.dtype)
+
+    def row_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        # Of the tuned neurons alone, it is that of a convolution with one tap for each.
+        def chosen(t: Tensor) -> Tensor:
+            return t.index_select(1, rows).to(self.mean.dtype).reshape(len(t), len(rows), -1)
+
+        mean, var = self.mean.index_select(0, rows), self.var.index_select(0, rows)
+        spread = torch.rsqrt(var + self.eps)
+        normal = (chosen(x) - mean.view(-1, 1)) * spread.view(-1, 1)
+        every = torch.arange(len(rows), device=rows.device)
+        return ops.rows_conv_backward(
+            chosen(grad), normal, every, [1], [1], [0], [1], len(rows)
+        ).flatten()
+
+
 class _TunedRows(torch.autograd.Function):
     """A layer's output as a function of its input and the leaves; weight and bias are constants."""
 
@@ -224,17 +257,22 @@ def _differentiable(
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
     """The gradients of input and leaves as functions of them, which autograd can go through."""
+    # Aliases, because the input may itself be a function of the leaves: by way of the same layer
+    # earlier on, for instance. What is wanted here are the derivatives of this one use.
+    aliases = [t if t is None else t.view_as(t) for t in (x, tuned, tuned_bias)]
+    own, own_rows, own_bias = aliases
+    assert own is not None
     whole, whole_bias = weight, bias
-    if tuned is not None:
+    if own_rows is not None:
         assert rows is not None
-        whole = weight.index_copy(kind.neuron_dim, rows, tuned.to(weight.dtype))
-    if tuned_bias is not None:
+        whole = weight.index_copy(kind.neuron_dim, rows, own_rows.to(weight.dtype))
+    if own_bias is not None:
         assert bias is not None
         assert bias_rows is not None
-        whole_bias = bias.index_copy(0, bias_rows, tuned_bias.to(bias.dtype))
-    inputs = [t for t, needed in zip((x, tuned, tuned_bias), wanted, strict=True) if needed]
-    output = kind.apply(x, whole, whole_bias)
-    found = iter(torch.autograd.grad(output, cast("list[Tensor]", inputs), grad, create_graph=True))
+        whole_bias = bias.index_copy(0, bias_rows, own_bias.to(bias.dtype))
+    inputs = [t for t, needed in zip(aliases, wanted, strict=True) if needed and t is not None]
+    output = kind.apply(own, whole, whole_bias)
+    found = iter(torch.autograd.grad(output, inputs, grad, create_graph=True))
     return [next(found) if needed else None for needed in wanted]
 
 
@@ -244,7 +282,10 @@ def has_kind(module: nn.Module, neuron_dims: dict[str, int]) -> bool:
     A class of the user's own with a forward pass of its own is not known, whatever it derives from.
     """
     cls = type(module)
-    if neuron_dims.get("bias", 0) != 0 or not neuron_dims.keys() <= {"weight", "bias"}:
+    own = {"weight", "bias"} if hasattr(module, "bias") else {"weight"}
+    if not neuron_dims.keys() <= own <= module._parameters.keys():  # parametrized, for instance
+        return False
+    if neuron_dims.get("bias", 0) != 0:
         return False
     dim = neuron_dims.get("weight")
     if cls.forward is nn.Linear.forward:
@@ -255,6 +296,8 @@ def has_kind(module: nn.Module, neuron_dims: dict[str, int]) -> bool:
         return dim in (None, 1)
     if cls.forward is nn.Embedding.forward:
         return True
+    if cls.forward is _BatchNorm.forward:
+        return not isinstance(module, nn.SyncBatchNorm)
     # transformers' linear layer whose weight is [inputs, outputs]; that library may be absent.
     is_turned = (cls.__module__, cls.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
     return is_turned and dim in (None, 1)
@@ -271,8 +314,18 @@ _TRANSPOSED = (
 
 def kind_of(
     module: nn.Module, x: Tensor, neuron_dim: int, output_size: list[int] | None = None
-) -> tuple[Kind, Tensor]:
-    """What a known module does with an input, and that input as the kind takes it."""
+) -> tuple[Kind, Tensor] | None:
+    """What a known module does with an input, and that input as the kind takes it.
+
+    None for a call that only the module itself knows: of a convolution with one sample that has no
+    dimension of samples, or of a batch norm with the batch's own statistics.
+    """
+    if isinstance(module, _ConvNd) and x.dim() != len(module.kernel_size) + 2:
+        return None
+    if isinstance(module, _BatchNorm):
+        if module.training or module.running_mean is None or module.running_var is None:
+            return None
+        return BatchNormKind(module.running_mean, module.running_var, module.eps), x
     if isinstance(module, _ConvTransposeNd):
         stride, padding = list(module.stride), [int(p) for p in module.padding]
         kernel, dilation = list(module.kernel_size), list(module.dilation)

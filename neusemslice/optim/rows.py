@@ -10,7 +10,6 @@ in which the parameter's name is a property; leaving gives it its old class back
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,11 +17,11 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from neusemslice.graph import reset_compiler
-from neusemslice.optim._masked import MaskedOptimizer
+from neusemslice.graph.sharding import reshard
 from neusemslice.optim._row_layers import apply_layer, has_kind, kind_of
+from neusemslice.optim._rows import as_spread, checked_group
 
 
 @dataclass(frozen=True)
@@ -42,14 +41,17 @@ class TunedParameter:
     rows: Tensor
     neuron_dim: int
 
-    @torch.no_grad()
     def write(self) -> None:
         """Copies the leaf's values into the parameter; costs what its rows do."""
         if self.leaf is not self.parameter:
-            # Through `data`, so that the values written anew in each forward pass do not look like
-            # a change to the backward pass of the one before. A leaf that did change does: whoever
-            # needs its values in a backward pass saves the leaf itself.
-            self.parameter.data.index_copy_(self.neuron_dim, self.rows, self.leaf.detach())
+            _write(self.parameter, self.neuron_dim, self.rows, self.leaf)
+
+
+def _write(parameter: Tensor, dim: int, rows: Tensor, leaf: Tensor) -> None:
+    # Through `data`, so that the values written anew in each forward pass do not look like a change
+    # to the backward pass of the one before. A leaf that did change does: whoever needs its values
+    # in a backward pass saves the leaf itself.
+    parameter.data.index_copy_(dim, rows, leaf.detach())
 
 
 _Group: TypeAlias = tuple[dict[str, Any], list[TunedParameter]]
@@ -128,12 +130,12 @@ def row_gradients(model: nn.Module, groups: Iterable[dict[str, Any]]) -> Iterato
             the block does not see it, or a model that is in such a block already. Nothing has
             changed then.
     """
-    given = list(groups)
-    checked = _CheckedGroups(given).param_groups
+    _refuse_model(model)
+    reshard(model)
+    made = RowGradients(_tuned_groups(groups))
     owners = _owners(model)
-    _refuse(model, checked, owners)
+    _refuse_parameters(model, made.tuned, owners)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    made = RowGradients([_tuned_group(*both) for both in zip(given, checked, strict=True)])
     with ExitStack() as stack:
         reset_compiler()
         stack.callback(reset_compiler)
@@ -150,37 +152,43 @@ def row_gradients(model: nn.Module, groups: Iterable[dict[str, Any]]) -> Iterato
         for module, members in by_module.items():
             _install(module, members, stack)
         stack.callback(made.write)
+        stack.callback(reshard, model)
         yield made
 
 
-class _CheckedGroups(MaskedOptimizer):
-    """Groups with complete and checked rows and neuron dimensions, as the optimizers have them."""
-
-    _name = "row_gradients"
-
-    def __init__(self, groups: Iterable[dict[str, Any]]) -> None:
-        super().__init__([dict(group) for group in groups], {"lr": 0.0, "weight_decay": 0.0})
+def _tuned_groups(groups: Iterable[dict[str, Any]]) -> list[_Group]:
+    """Options of the groups, and their parameters that have rows to tune, checked."""
+    made: list[_Group] = []
+    seen: set[int] = set()
+    for number, given in enumerate(groups):
+        params = given["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        if twice := [i for i, p in enumerate(params) if id(p) in seen]:
+            raise ValueError(
+                f"row_gradients: parameter {twice[0]} of group {number} is in another group as well"
+            )
+        seen |= {id(p) for p in params}
+        all_rows, dims = checked_group(
+            "row_gradients", number, params, given.get("rows"), given.get("neuron_dims")
+        )
+        members = [
+            _tuned_parameter(*member)
+            for member in zip(params, all_rows, dims, strict=True)
+            if len(member[1])
+        ]
+        made.append(({k: v for k, v in given.items() if k not in _OWN}, members))
+    return made
 
 
 _OWN = ("params", "rows", "neuron_dims")
 
 
-def _tuned_group(given: dict[str, Any], checked: dict[str, Any]) -> _Group:
-    """A group's options, and its parameters that have rows to tune."""
-    members = []
-    for parameter, rows, dim in zip(*(checked[name] for name in _OWN), strict=True):
-        if len(rows):
-            whole = not parameter.dim() or len(rows) == parameter.shape[dim]
-            leaf = parameter
-            if not whole and not _is_sharded(parameter):
-                leaf = nn.Parameter(parameter.detach().index_select(dim, rows))
-            members.append(TunedParameter(parameter, leaf, rows, dim))
-    return {k: v for k, v in given.items() if k not in _OWN}, members
-
-
-def _is_sharded(parameter: Tensor) -> bool:
-    tensors = sys.modules.get("torch.distributed.tensor")  # cannot be without having been imported
-    return tensors is not None and isinstance(parameter, tensors.DTensor)
+def _tuned_parameter(parameter: nn.Parameter, rows: Tensor, dim: int) -> TunedParameter:
+    whole = not parameter.dim() or len(rows) == parameter.shape[dim]
+    if whole or as_spread(parameter) is not None:
+        return TunedParameter(parameter, parameter, rows, dim)
+    leaf = nn.Parameter(parameter.detach().index_select(dim, rows))
+    return TunedParameter(parameter, leaf, rows, dim)
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
@@ -193,12 +201,8 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     return owners
 
 
-def _refuse(
-    model: nn.Module,
-    groups: list[dict[str, Any]],
-    owners: Mapping[int, list[tuple[nn.Module, str]]],
-) -> None:
-    """Raises for what would train in silence with a wrong gradient, or with none."""
+def _refuse_model(model: nn.Module) -> None:
+    """Raises for a model that cannot be entered."""
     for name, module in model.named_modules():
         if isinstance(module, _Rows):
             raise ValueError(f"row_gradients: {name or 'the model'} is in such a block already")
@@ -207,16 +211,21 @@ def _refuse(
                 "row_gradients: DistributedDataParallel knows the parameters that it was made "
                 "with; give the model in it, and wrap that inside the block"
             )
-    tuned = {}
-    for number, group in enumerate(groups):
-        for index, (parameter, rows) in enumerate(zip(group["params"], group["rows"], strict=True)):
-            if id(parameter) not in owners:
-                raise ValueError(
-                    f"row_gradients: parameter {index} of group {number}, "
-                    f"{list(parameter.shape)}, is none of the model's"
-                )
-            if len(rows) and not _is_sharded(parameter):
-                tuned[id(parameter)] = parameter
+
+
+def _refuse_parameters(
+    model: nn.Module,
+    members: list[TunedParameter],
+    owners: Mapping[int, list[tuple[nn.Module, str]]],
+) -> None:
+    """Raises for what would train in silence with a wrong gradient, or with none."""
+    for member in members:
+        if id(member.parameter) not in owners:
+            raise ValueError(
+                f"row_gradients: a parameter {list(member.parameter.shape)} with "
+                f"{len(member.rows)} rows to tune is none of the model's"
+            )
+    tuned = {id(m.parameter) for m in members if m.leaf is not m.parameter}
     for name, module in model.named_modules():
         for place, value in module.__dict__.items():
             if place not in ("_parameters", "_modules", "_buffers") and _holds(value, tuned):
@@ -234,7 +243,7 @@ def _refuse(
             )
 
 
-def _holds(value: object, tuned: Mapping[int, Tensor]) -> bool:
+def _holds(value: object, tuned: set[int]) -> bool:
     if isinstance(value, dict):
         value = list(value.values())
     items = value if isinstance(value, (list, tuple)) else [value]
@@ -246,6 +255,22 @@ class _Rows:
 
     _tuned_rows: dict[str, TunedParameter]
     _parameters: dict[str, nn.Parameter | None]
+
+    def _is_constant(self, name: str) -> bool:
+        """Whether a parameter is the frozen one that the block knows, or none of its own.
+
+        It may be replaced for a while (``functional_call``), or its gradient be wanted as well.
+        """
+        parameter, member = self._parameters.get(name), self._tuned_rows.get(name)
+        known = member is None or parameter is member.parameter
+        return known and not (parameter is not None and parameter.requires_grad)
+
+    def _write(self, name: str) -> Tensor:
+        """Has a constant parameter hold its leaf's values, and gives the leaf, as it is now."""
+        member, leaf = self._tuned_rows[name], self._parameters[_leaf_name(name)]
+        assert leaf is not None
+        _write(member.parameter, member.neuron_dim, member.rows, leaf)
+        return leaf
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for member in self._tuned_rows.values():
@@ -270,9 +295,12 @@ class _Rows:
         own = {prefix + _leaf_name(name) for name in self._tuned_rows}
         missing_keys += [key for key in missing if key not in own]
         with torch.no_grad():
-            for member in self._tuned_rows.values():
-                chosen = member.parameter.index_select(member.neuron_dim, member.rows)
-                member.leaf.copy_(chosen)
+            for name, member in self._tuned_rows.items():
+                given = cast("nn.Parameter", self._parameters[name])
+                if given is not member.parameter:  # assigned instead of copied
+                    member.parameter.copy_(given)
+                    self._parameters[name] = member.parameter
+                member.leaf.copy_(member.parameter.index_select(member.neuron_dim, member.rows))
 
 
 class _Layer(_Rows):
@@ -280,23 +308,22 @@ class _Layer(_Rows):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         module = cast("nn.Module", self)
-        weight, bias = self._parameters["weight"], self._parameters.get("bias")
-        unbatched = isinstance(module, _ConvNd) and x.dim() != len(module.kernel_size) + 2
-        if unbatched or any(p is not None and p.requires_grad for p in (weight, bias)):
-            return cast("Tensor", super().forward(x, *args, **kwargs))  # type: ignore[misc]
-        assert weight is not None
         tuned, tuned_bias = self._tuned_rows.get("weight"), self._tuned_rows.get("bias")
-        for member in self._tuned_rows.values():
-            member.write()
-        kind, x = kind_of(module, x, tuned.neuron_dim if tuned else 0, *args, **kwargs)
+        found = None
+        if all(self._is_constant(name) for name in ("weight", "bias")):
+            found = kind_of(module, x, tuned.neuron_dim if tuned else 0, *args, **kwargs)
+        if found is None:
+            return cast("Tensor", super().forward(x, *args, **kwargs))  # type: ignore[misc]
+        leaves = {name: self._write(name) for name in self._tuned_rows}
+        kind, x = found
         return apply_layer(
             kind,
             x,
-            weight,
-            bias,
-            tuned.leaf if tuned else None,
+            cast("Tensor", self._parameters["weight"]),
+            self._parameters.get("bias"),
+            leaves.get("weight"),
             tuned.rows if tuned else None,
-            tuned_bias.leaf if tuned_bias else None,
+            leaves.get("bias"),
             tuned_bias.rows if tuned_bias else None,
         )
 
@@ -309,14 +336,14 @@ def _whole(name: str) -> property:
     """The property that stands for a tuned parameter: a function of its leaf."""
 
     def get(self: _Rows) -> Tensor:
-        member, parameter = self._tuned_rows[name], self._parameters[name]
-        assert parameter is not None
-        if parameter.requires_grad:
-            # Someone wants its gradient as well, which then must not be that of the tuned rows.
-            return parameter.index_copy(member.neuron_dim, member.rows, member.leaf)
-        member.write()
+        member = self._tuned_rows[name]
+        where = (member.neuron_dim, member.rows)
+        if not self._is_constant(name):
+            # Then it is a function of both, with no gradient in the tuned rows.
+            leaf, parameter = self._parameters[_leaf_name(name)], self._parameters[name]
+            return cast("Tensor", parameter).index_copy(*where, cast("Tensor", leaf))
         written: Tensor = _Written.apply(  # type: ignore[no-untyped-call]
-            member.leaf, parameter, member.rows, member.neuron_dim
+            self._write(name), member.parameter, *where
         )
         return written
 
@@ -327,7 +354,7 @@ class _Written(torch.autograd.Function):
     """The whole parameter, which holds the leaf's values, as a function of the leaf."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor, parameter: Tensor, rows: Tensor, dim: int) -> Tensor:
+    def forward(ctx: Any, leaf: Tensor, parameter: Tensor, dim: int, rows: Tensor) -> Tensor:
         ctx.dim = dim
         ctx.save_for_backward(leaf, rows)
         return parameter.detach()

@@ -49,16 +49,25 @@ void pack_grad_of(const PackGradJob& job, int64_t first_sample, int64_t last_sam
   }
 }
 
-// The places of a phase that lie inside the input, along one dimension.
+// The places of a plane that lie inside the input, along one dimension.
 struct Inside {
   int64_t first;
   int64_t last;
   Inside(const ConvRowsLayout& at, const Sizes3& phase, int d) {
-    const int64_t before = at.padding[d] - phase[d];  // above -stride
-    first = (before + at.stride[d] - 1) / at.stride[d];
+    const int64_t before = at.padding[d] - phase[d];
+    first = std::max<int64_t>(0, (before + at.stride[d] - 1) / at.stride[d]);
     last = std::min(at.extent[d], (at.input[d] + before + at.stride[d] - 1) / at.stride[d]);
   }
 };
+
+template <typename S>
+void copy_values(const S* from, int64_t count, Value<S>* to) {
+  if constexpr (std::is_same_v<S, Value<S>>) {
+    std::copy_n(from, count, to);
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = to_value(from[i]);
+  }
+}
 
 // One channel of one sample; places outside the input are left as they are, zero.
 template <typename S>
@@ -73,15 +82,15 @@ void pack_planes(const ConvRowsLayout& at, const S* x, Value<S>* planes) {
         const S* line = x + (place(0, z) * at.input[1] + place(1, y)) * at.input[2];
         Value<S>* packed = planes + (z * at.extent[1] + y) * at.extent[2];
         if (at.stride[2] == 1) {
-          const S* from = line + place(2, width.first);
-          for (int64_t i = width.first; i < width.last; ++i) packed[i] = to_value(*from++);
+          copy_values(line + place(2, width.first), width.last - width.first, packed + width.first);
         } else {
-          for (int64_t i = width.first; i < width.last; ++i)
+          for (int64_t i = width.first; i < width.last; ++i) {
             packed[i] = to_value(line[place(2, i)]);
+          }
         }
       }
     }
-    planes += at.extent[0] * at.extent[1] * at.extent[2];
+    planes += at.plane;
   }
 }
 
@@ -142,6 +151,14 @@ struct Correlation {
 // As many channels at a time as fill a block of taps, as many samples as stay in the cache.
 constexpr int64_t kPlaneBytes = 16384;
 
+// The first address in a vector's storage that is a multiple of 64 bytes, of which up to 15 values
+// lie before it.
+template <typename V>
+V* aligned(std::vector<V>& storage) {
+  const auto address = reinterpret_cast<uintptr_t>(storage.data());
+  return reinterpret_cast<V*>((address + 63) / 64 * 64);
+}
+
 template <typename S>
 void conv_rows_of(const ConvRowsJob& job, const ConvRowsPart& part) {
   using V = Value<S>;
@@ -153,15 +170,16 @@ void conv_rows_of(const ConvRowsJob& job, const ConvRowsPart& part) {
   const int64_t bytes = abreast * at.planes * static_cast<int64_t>(sizeof(V));
   const int64_t batch = std::clamp<int64_t>(
       kPlaneBytes / bytes, 1, std::max<int64_t>(1, part.last_sample - part.first_sample));
-  std::vector<V> planes(batch * abreast * at.planes);
-  std::vector<V> sums(rows * abreast * taps * 16);
+  std::vector<V> plane_storage(batch * abreast * at.planes + 16);
+  std::vector<V> sum_storage(rows * abreast * taps * 16 + 16);
+  V *const planes = aligned(plane_storage), *const sums = aligned(sum_storage);
   std::vector<int64_t> offsets(abreast * taps);
   for (int64_t c = 0; c < abreast; ++c) {
     for (int64_t t = 0; t < taps; ++t) offsets[c * taps + t] = c * at.planes + at.offsets[t];
   }
   for (int64_t input = part.first_input; input < part.last_input; input += abreast) {
     const int64_t channels = std::min(abreast, part.last_input - input);
-    std::fill(sums.begin(), sums.end(), V{});
+    std::fill(sum_storage.begin(), sum_storage.end(), V{});
     for (int64_t n = part.first_sample; n < part.last_sample; n += batch) {
       const int64_t samples = std::min(batch, part.last_sample - n);
       for (int64_t i = 0; i < samples; ++i) {
@@ -169,25 +187,25 @@ void conv_rows_of(const ConvRowsJob& job, const ConvRowsPart& part) {
           pack_planes(at,
                       static_cast<const S*>(job.x) +
                           ((n + i) * job.channels + part.channel + input + c) * points,
-                      planes.data() + (i * abreast + c) * at.planes);
+                      planes + (i * abreast + c) * at.planes);
         }
       }
       Correlation<V>{
           static_cast<const V*>(job.packed) + (n * job.row_count + part.first_row) * at.line,
           job.row_count * at.line,
-          planes.data(),
+          planes,
           abreast * at.planes,
           samples,
           at.line,
           offsets.data(),
           channels * taps,
-          sums.data()}
+          sums}
           .add_all(rows);
     }
     for (int64_t r = 0; r < rows; ++r) {
       V* out = static_cast<V*>(part.sums) + ((part.first_row + r) * at.inputs + input) * taps;
       for (int64_t t = 0; t < channels * taps; ++t) {
-        out[t] = Lanes<V>::load(sums.data() + (r * channels * taps + t) * 16).total();
+        out[t] = Lanes<V>::load(sums + (r * channels * taps + t) * 16).total();
       }
     }
   }

@@ -21,10 +21,11 @@ struct ConvRowsLayout {
   Sizes3 output;
   Sizes3 stride;
   Sizes3 padding;
-  Sizes3 extent;                 // of a plane: places of one phase
-  std::vector<Sizes3> phases;    // of the input, each a plane
+  Sizes3 extent;                 // of a plane
+  std::vector<Sizes3> phases;    // what a plane's places begin with, padding included
   std::vector<int64_t> offsets;  // of the taps, in the planes of a channel
   int64_t line;                  // of a row's gradient
+  int64_t plane;                 // from one plane to the next, a multiple of 16
   int64_t planes;                // values of a channel's planes and of the zeros behind them
 };
 
