@@ -1,10 +1,14 @@
 """What the benchmarks write."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from bench import report
+from bench import cifar, report
 from bench.report import Column, Ratio, Result, Section
 
 COLUMNS = (
@@ -52,3 +56,52 @@ def test_a_section_replaces_itself_and_leaves_the_others(results):
     text = page.read_text()
     assert "## Title of a" in text
     assert "| fp32 K=10 | 1.50 | 90.0% (40.0% … 60.0%) | – | index_add_ |" in text
+
+
+def test_numbers_are_in_the_last_line_too():
+    columns = (Column("mean", "accuracy %", "number", in_summary=True),)
+    found = Section("c", "C", "", columns, [Result("ours", {"mean": 87.5})])
+    assert json.loads(found.summary()) == {"ours": {"mean": 87.5}}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(cifar.missing() is not None, reason=str(cifar.missing()))
+def test_the_quick_study_of_readaptation_compares_all_methods():
+    result = subprocess.run(
+        [sys.executable, "-m", "bench.readapt", "--quick"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    for method in ("ours", "full", "last layer", "random neurons", "batch norms", "LoRA"):
+        for name in ("500 new samples, 3 steps", "100 new samples, 2 steps"):
+            values = found[f"ResNet-20, {name}: {method}"]
+            assert {"mean", "against_full", "vs_full"} <= values.keys()
+        assert "lost" in values
+
+
+class TestStudy:
+    @pytest.fixture
+    def study(self, monkeypatch, tmp_path):
+        pytest.importorskip("peft")
+        if reason := cifar.missing():
+            pytest.skip(reason)
+        from bench import readapt
+
+        return readapt.Study(readapt.QUICK, tmp_path / "kept.json")
+
+    def test_a_finished_run_is_not_repeated(self, study):
+        from bench import readapt
+
+        assert study.once("a", lambda: 1) == 1
+        assert readapt.Study(readapt.QUICK, study.kept).once("a", lambda: 2) == 1
+
+    def test_validation_images_are_trained_on_by_no_search(self, study):
+        searched = {row.numpy().tobytes() for row in study.searched.pixels}
+        held = {row.numpy().tobytes() for row in study.validation.pixels}
+        assert len(held) > 90
+        assert not searched & held

@@ -230,6 +230,28 @@ class TestValidation:
         assert mixed.report.training.losses != alone.report.training.losses
 
 
+def test_batches_of_another_form():
+    model, slicing = made()
+    turned = [(y, x) for x, y in SHIFTED]
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, y, x):
+            return self.model(x)
+
+    options = {"epochs": 2, "validation": 0.25}
+    plain = nss.readapt(model, slicing, SHIFTED, 0.5, **options).report
+    named = [{"x": x, "labels": y} for x, y in SHIFTED]
+    assert nss.readapt(model, slicing, named, 0.5, **options).report.new_after == plain.new_after
+    wrapped = Turned()
+    slicing = nss.slice(nss.profile(wrapped, turned, labels=lambda batch: batch[0]), threshold=0.9)
+    other = nss.readapt(wrapped, slicing, turned, 0.5, **options, labels=lambda batch: batch[0])
+    assert other.report.training.steps == plain.training.steps
+
+
 class TestRecalibration:
     def test_statistics_are_those_of_the_new_samples(self):
         model, slicing = made()
