@@ -26,8 +26,10 @@ test: build
 bench: build
 	$(BIN)/python -m bench.class_stats
 	$(BIN)/python -m bench.contribution
+	$(BIN)/python -m bench.gram
 	$(BIN)/python -m bench.profiler
 	$(BIN)/python -m bench.similarity
+	$(BIN)/python -m bench.slicing
 
 build: $(VENV)/.built
 

@@ -29,7 +29,8 @@ CLASSES = (
     "truck",
 )
 
-_CACHE = Path(__file__).parents[1] / "build" / "data"
+CACHE = Path(__file__).parents[1] / "build" / "data"
+"""Where what is made of the data is kept."""
 _MEAN = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
 _DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
@@ -95,9 +96,9 @@ def load(split: str) -> Images:
     Raises:
         FileNotFoundError: if the data is absent.
     """
-    cached = _CACHE / f"cifar10-{split}.safetensors"
+    cached = CACHE / f"cifar10-{split}.safetensors"
     if not cached.exists():
-        _CACHE.mkdir(parents=True, exist_ok=True)
+        CACHE.mkdir(parents=True, exist_ok=True)
         decoded = cached.with_suffix(".new")
         save_file(_decode(DATA / "cifar10" / f"{split}-00000-of-00001.parquet"), decoded)
         decoded.rename(cached)

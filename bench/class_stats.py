@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from bench import harness
+from bench.device import ON_GPU, use_device
 from bench.harness import Workload
 from bench.report import Section
 from neusemslice import ops
@@ -195,6 +196,18 @@ CASES = [
 ]
 
 
+MORE_ON_GPU = {"rows": 32, "tokens": 32, "flat": 32, "nchw": 4, "channels_last": 4}
+"""How many times more samples a GPU gets, by layout: 400 MB at least."""
+
+
+def on_gpu(case: Case) -> Case:
+    """The same with as many samples as a GPU needs, and the shape in its name."""
+    shape = (MORE_ON_GPU[case.layout] * case.shape[0], *case.shape[1:])
+    name = case.name.split("[")[0].strip() if "[" in case.name else case.name
+    suffix = case.name.partition("]")[2] if "[" in case.name else ""
+    return replace(case, name=f"{name} {list(shape)}{suffix}".replace(", ", ","), shape=shape)
+
+
 def draw_labels(kind: str, samples: int, num_classes: int) -> Tensor:
     if kind == "one":
         return torch.full((samples,), num_classes // 2)
@@ -307,9 +320,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="some workloads, few rounds")
     quick = parser.parse_args().quick
+    use_device()
     console = Console(width=160)
     section = Section("class_stats", TITLE, NOTE, harness.COLUMNS, [])
-    for case in CASES:
+    for case in map(on_gpu, CASES) if ON_GPU else CASES:
         if quick and not case.quick:
             continue
         torch.manual_seed(0)
@@ -322,9 +336,9 @@ def main() -> None:
         )
         torch.compiler.reset()
         console.print(f"{case.name}: done", style="dim")
+        if not quick:
+            section.write()
     section.show(console)
-    if not quick:
-        console.print(f"written: {section.write().name}")
     print(section.summary())
 
 

@@ -7,7 +7,8 @@ The last line is one JSON object. Per kernel workload: the share of the physical
 times longer torch's operators take. Per sweep: `overhead`, the added share of one forward pass and
 one backward pass that finds no weight gradients; `vs_captum`, how many times longer Captum takes,
 called once per layer and class on the class's samples; `vs_hooks`, how many times longer a loop
-takes whose hooks keep activations and multiply them with their gradients in Python.
+takes whose hooks keep activations and multiply them with their gradients in Python. The sweeps need
+Captum and torch-pruning, and are left out where one of them is missing.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from rich.console import Console
 from torch import Tensor
 
 from bench import harness, sweeps
+from bench.device import ON_GPU, use_device
 from bench.harness import Workload
-from bench.report import Section
+from bench.report import Section, missing
 from neusemslice import ops, reference
 from neusemslice.ops import CONTRIBUTION_STATISTICS, ClassStats
 
+TITLE = "Contributions of every site and class"
 # Of the state per class and neuron: mean in float64, mean_abs in float32.
 STATE_BYTES = 12
 NOTE = (
@@ -87,14 +90,17 @@ def kernel_workload(name: str, shape: tuple[int, ...], num_classes: int) -> Work
             ops.contribution_(fresh, *pairs[0], orders[0])
         harness.same_bits(states[0].tensors(), states[1].tensors())
         some = slice(0, 32)  # the oracle goes through neurons and samples one by one
-        expected = reference.contribution(*(t[:, some] for t in pairs[0]), labels[0], num_classes)
+        x, g = (t[:, some].cpu() for t in pairs[0])
+        with torch.device("cpu"):
+            expected = reference.contribution(x, g, labels[0].cpu(), num_classes)
         assert states[0].mean is not None
         assert expected.mean is not None
-        torch.testing.assert_close(states[0].mean[:, some], expected.mean, rtol=1e-9, atol=1e-12)
+        found = states[0].mean[:, some].cpu()
+        torch.testing.assert_close(found, expected.mean, rtol=1e-9, atol=1e-12)
         for run in (plain, *strongest.values()):
             totals.zero_()
             run(0)
-            found = totals[0].double() / expected.count.clamp_min(1).unsqueeze(1)
+            found = totals[0].cpu().double() / expected.count.clamp_min(1).unsqueeze(1)
             torch.testing.assert_close(found[:, some], expected.mean, rtol=1e-3, atol=1e-4)
 
     present = statistics.mean(y.unique().numel() for y in labels)
@@ -115,28 +121,38 @@ KERNELS = {
 }
 
 
+KERNELS_ON_GPU = {
+    "fp32 [65536, 2048] K=10": ((65536, 2048), 10),
+    "fp32 [65536, 2048] K=100": ((65536, 2048), 100),
+    "fp32 conv [512, 512, 14, 14] K=10": ((512, 512, 14, 14), 10),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small batches, few rounds")
     quick = parser.parse_args().quick
     patience = 0.5 if quick else 5.0
+    use_device()
     console = Console(width=160)
     kernels = Section("contribution", "Contributions of one site", NOTE, harness.COLUMNS, [])
-    for name, (shape, num_classes) in KERNELS.items():
+    for name, (shape, num_classes) in (KERNELS_ON_GPU if ON_GPU else KERNELS).items():
         torch.manual_seed(0)
         workload = kernel_workload(name, shape, num_classes)
         kernels.results.append(harness.measure(workload, 3 if quick else 15, patience))
         console.print(f"{name}: done", style="dim")
-    whole = Section(
-        "sweep", "Contributions of every site and class", sweeps.NOTE, sweeps.COLUMNS, []
-    )
-    for name, case in sweeps.CASES.items():
-        if quick and not case.quick:
-            continue
-        whole.results.append(sweeps.measure(name, case, quick, patience))
-        console.print(f"{name}: done", style="dim")
+    sections = [kernels]
+    if absent := missing("captum", "torch_pruning"):
+        console.print(f"the sweeps are left out: {absent}")
+    else:
+        sections.append(whole := Section("sweep", TITLE, sweeps.NOTE, sweeps.COLUMNS, []))
+        for name, case in sweeps.CASES.items():
+            if quick and not case.quick:
+                continue
+            whole.results.append(sweeps.measure(name, case, quick, patience))
+            console.print(f"{name}: done", style="dim")
     summary = {}
-    for section in (kernels, whole):
+    for section in sections:
         section.show(console)
         if not quick:
             console.print(f"written: {section.write().name}")

@@ -18,10 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bench.device import DEVICE, ON_GPU, Replays, cache_bytes
 from bench.report import Column, Ratio, Result
 from neusemslice import _C
 
-CACHE_BYTES = 32 * 2**20
+CACHE_BYTES = cache_bytes() if ON_GPU else 32 * 2**20
 COLUMNS = (
     Column("ms", "ms", "number"),
     Column("gigabytes", "GB/s", "number"),
@@ -57,16 +58,20 @@ class Workload:
 
 
 class Reference:
-    """Moves a workload's bytes at the speed of memory."""
+    """Moves a workload's bytes at the speed of memory: on a GPU by a sum and an update in place."""
 
     def __init__(self, bytes_read: int, bytes_updated: int) -> None:
-        self.read = [
-            torch.ones(bytes_read // 8, dtype=torch.int64) for _ in range(rotation(bytes_read))
-        ]
-        self.update = torch.ones(bytes_updated // 8, dtype=torch.int64)
+        dtype = torch.float32 if ON_GPU else torch.int64
+        self.read, self.update = (
+            [torch.ones(size // dtype.itemsize, dtype=dtype, device=DEVICE) for _ in range(count)]
+            for size, count in ((bytes_read, rotation(bytes_read)), (bytes_updated, 1))
+        )
 
     def __call__(self, call: int) -> object:
-        return _C.stream_memory(self.read[call % len(self.read)], self.update)
+        read, update = self.read[call % len(self.read)], self.update[0]
+        if ON_GPU:
+            return read.sum(), update.add_(1)
+        return _C.stream_memory(read, update)
 
 
 def rotation(bytes_each: int) -> int:
@@ -88,8 +93,22 @@ def seconds(run: Run, start: int, least: float = 0.04, most_calls: int = 12) -> 
     return min(times)
 
 
+def clock(run: Run, *, captured: bool = True, buffers: int = 3) -> Callable[[int], float]:
+    """What times calls of ``run`` from a given number on, after a first one.
+
+    On a GPU as graphs, one for each of the `buffers` that calls in a row pick; or if that cannot be
+    captured, as it is.
+    """
+    if ON_GPU:
+        return Replays(run, captured=captured, buffers=buffers).seconds
+    run(0)
+    return lambda start: seconds(run, start)
+
+
 def wait_until_quiet(most: float) -> None:
-    """Waits until other processes leave the processor alone, but not for ever."""
+    """Waits until other processes leave the processor alone, but not for ever; a GPU is ours."""
+    if ON_GPU:
+        return
     give_up = time.monotonic() + most
     while time.monotonic() < give_up:
         begin, busy = time.monotonic(), _busy_seconds()
@@ -113,20 +132,21 @@ def measure(workload: Workload, rounds: int, patience: float) -> Result:
     `patience` is how many seconds a round waits at most for other processes to leave.
     """
     workload.check()
-    reference = Reference(workload.bytes_read, workload.bytes_updated)
-    peers = [(kind, name, run) for kind, of in workload.peers.items() for name, run in of.items()]
-    for run in (reference, workload.ours, *(run for *_, run in peers)):
-        run(0)
+    reference = clock(Reference(workload.bytes_read, workload.bytes_updated))
+    ours = clock(workload.ours)
+    peers = [
+        (kind, name, clock(run)) for kind, of in workload.peers.items() for name, run in of.items()
+    ]
     shares, own = [], []
     slower: dict[tuple[str, str], list[float]] = {(kind, name): [] for kind, name, _ in peers}
     for i in range(rounds):
         start = 7 * i
         wait_until_quiet(patience)
-        before = seconds(reference, start)
-        mine = seconds(workload.ours, start)
-        for kind, name, run in peers:
-            slower[kind, name].append(seconds(run, start) / mine)
-        after = seconds(reference, start + 1)
+        before = reference(start)
+        mine = ours(start)
+        for kind, name, peer in peers:
+            slower[kind, name].append(peer(start) / mine)
+        after = reference(start + 1)
         shares.append((before + after) / 2 / mine)
         own.append(mine)
     typical = statistics.median(own)

@@ -3,9 +3,11 @@
 python -m bench.profiler            batches of 64 at 224 x 224, writes bench/results/
 python -m bench.profiler --quick    batches of 8, few rounds, nothing written
 
-ResNet-50 and ViT-B/16 as in transformers, with random weights: time does not depend on them. The
-last line is one JSON object: per model `overhead`, the added share of the forward pass. Each round
-runs both ways, in turn first and second, and the median over rounds is reported.
+ResNet-50 and ViT-B/16 as in transformers, with random weights: time does not depend on them; on a
+GPU also a decoder of the shape of a 7B Llama. The last line is one JSON object: per model
+`overhead`, the added share of the forward pass. Each round runs both ways, in turn first and
+second, and the median over rounds is reported. What cannot be built or traced for want of a package
+is left out, and said.
 """
 
 from __future__ import annotations
@@ -13,21 +15,17 @@ from __future__ import annotations
 import argparse
 import resource
 import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from transformers import (
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-)
 
 import neusemslice as nss
-from bench.report import Column, Ratio, Result, Section
+from bench import decoder
+from bench.device import ON_GPU, use_device, wall_seconds
+from bench.report import Column, Ratio, Result, Section, missing
 from neusemslice import reference
 
 CLASSES = 1000
@@ -41,27 +39,55 @@ COLUMNS = (
     Column("growth", "MiB grown over the rounds", "number"),
 )
 NOTE = (
-    "All five statistics of every site, 1000 classes, fp32, evaluation mode. “added by observing”: "
-    "share of the forward pass. “grown”: by how much the process's peak memory rose after the "
-    "first observed batch."
+    "All five statistics of every site, 1000 classes, fp32 if not said, evaluation mode. “added by "
+    "observing”: share of the forward pass. “grown”: by how much peak memory, of the process or "
+    "of what is allocated on the GPU, rose after the first observed batch."
 )
 
 
 def resnet50() -> nn.Module:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
     return ResNetForImageClassification(ResNetConfig(num_labels=CLASSES))
 
 
 def vit_base() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
     return ViTForImageClassification(ViTConfig(num_labels=CLASSES))
 
 
-MODELS = {"ResNet-50": resnet50, "ViT-B/16": vit_base}
+def images(batch: int) -> Tensor:
+    return torch.randn(batch, 3, 224, 224)
 
 
-def check(model: nn.Module) -> None:
+def traced(model: nn.Module, x: Tensor, num_classes: int) -> nss.Profiler:
+    return nss.Profiler(model, x, num_classes=num_classes)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, a batch of so many inputs for it, what observes it, and the packages it needs."""
+
+    model: Callable[[], nn.Module]
+    inputs: Callable[[int], Tensor] = images
+    profiler: Callable[[nn.Module, Tensor, int], nss.Profiler] = traced
+    needs: tuple[str, ...] = ("transformers", "torch_pruning")
+    batch: int = 64
+    rtol: float = 1e-5
+
+
+CASES = {"ResNet-50": Case(resnet50), "ViT-B/16": Case(vit_base)}
+if ON_GPU:
+    CASES["7B decoder, bf16"] = Case(
+        decoder.decoder_7b, decoder.tokens, decoder.profiler, needs=(), batch=8, rtol=1e-4
+    )
+
+
+def check(model: nn.Module, case: Case) -> None:
     """Raises unless the last site's mean is that of what its reader reads."""
-    x, y = torch.randn(4, 3, 224, 224), torch.tensor([0, 1, 0, 1])
-    profiler = nss.Profiler(model, x[:2], num_classes=2)
+    x, y = case.inputs(4), torch.tensor([0, 1, 0, 1])
+    profiler = case.profiler(model, x[:2], 2)
     site = profiler.graph.sites[-1]
     reader = site.readers[0]
     seen: list[Tensor] = []
@@ -71,28 +97,26 @@ def check(model: nn.Module) -> None:
     with profiler.batch(y):
         model(x)
     hook.remove()
-    expected = reference.class_stats(seen[0], y, 2, neuron_dim=reader.neuron_dim)
-    torch.testing.assert_close(
-        profiler.profile.activations[site.name].mean, expected.mean, rtol=1e-5, atol=1e-6
-    )
-
-
-def seconds(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
+    mean = profiler.profile.activations[site.name].mean
+    assert mean is not None
+    with torch.device("cpu"):
+        expected = reference.class_stats(seen[0].cpu(), y.cpu(), 2, neuron_dim=reader.neuron_dim)
+    torch.testing.assert_close(mean.cpu(), expected.mean, rtol=case.rtol, atol=1e-6)
 
 
 def peak_mebibytes() -> float:
+    if ON_GPU:
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def measure(name: str, batch: int, rounds: int) -> Result:
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
-    check(model)
-    x, y = torch.randn(batch, 3, 224, 224), torch.arange(batch) % CLASSES
-    profiler = nss.Profiler(model, x[:2], num_classes=CLASSES)
+    case = CASES[name]
+    model = case.model().eval()
+    check(model, case)
+    x, y = case.inputs(batch), torch.arange(batch) % CLASSES
+    profiler = case.profiler(model, x[:2], CLASSES)
 
     def plain() -> None:
         model(x)
@@ -108,7 +132,7 @@ def measure(name: str, batch: int, rounds: int) -> Result:
         before = peak_mebibytes()
         for i in range(rounds):
             first, second = (plain, observed) if i % 2 else (observed, plain)
-            took = {first: seconds(first), second: seconds(second)}
+            took = {first: wall_seconds(first), second: wall_seconds(second)}
             times.append(took[plain])
             added.append(took[observed] / took[plain] - 1)
     state = sum(t.nbytes for t in profiler.profile.state_dict().values())
@@ -131,14 +155,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="small batches, few rounds")
     quick = parser.parse_args().quick
+    use_device()
     console = Console(width=140)
     section = Section("profiler", "Observing a model", NOTE, COLUMNS, [])
-    for name in MODELS:
-        section.results.append(measure(name, batch=8 if quick else 64, rounds=4 if quick else 6))
+    rounds = 4 if quick else 24 if ON_GPU else 6
+    for name, case in CASES.items():
+        if absent := missing(*case.needs):
+            console.print(f"{name} is left out: {absent}")
+            continue
+        section.results.append(measure(name, min(case.batch, 8) if quick else case.batch, rounds))
         console.print(f"{name}: done", style="dim")
+        if not quick:
+            section.write()
     section.show(console)
-    if not quick:
-        console.print(f"written: {section.write().name}")
     print(section.summary())
 
 

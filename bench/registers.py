@@ -1,10 +1,11 @@
 """Registers, spills and shared memory of every CUDA kernel, as the compiler reports them.
 
 python -m bench.registers [build/cmake]     after: cmake --build build/cmake --target cuda_check
+python -m bench.registers build.log         after: NVCC_APPEND_FLAGS=-Xptxas=-v python setup.py …
 
 Reads what ``nvcc -Xptxas -v`` said of each source and writes bench/results/ptxas-sm_90.md and
-.json; fails if a kernel spills. The last line is one JSON object: kernels, and the most registers
-and bytes of spills that one of them has.
+.json, or of a build's log the GPU's own; fails if a kernel spills. The last line is one JSON
+object: kernels, and the most registers and bytes of spills that one of them has.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bench.device import ON_GPU, architecture
 from bench.report import Column, Result, Section, Target
 
 ARCHITECTURE = "sm_90"
@@ -30,6 +32,7 @@ COLUMNS = (
 )
 _ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
 _STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_SOURCE = re.compile(r" -c +(?:-c +)?\S*?(\w+)\.cu\b")
 _USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
 
 
@@ -61,6 +64,17 @@ def usages(log: str, architecture: str) -> list[Usage]:
             raise ValueError(f"registers: the log does not say what {entry[1]} uses")
         spills = int(stack[2]) + int(stack[3])
         found.append(Usage(entry[1], int(used[1]), spills, int(stack[1]), int(used[2] or 0)))
+    return found
+
+
+def by_source(log: str) -> dict[str, str]:
+    """A build's log, in which a command comes before its output, by the name of the source."""
+    found: dict[str, str] = {}
+    commands = list(_SOURCE.finditer(log))
+    for command, following in zip(commands, [*commands[1:], None], strict=True):
+        text = log[command.end() : following.start() if following else len(log)]
+        if _ENTRY.search(text):
+            found[command[1]] = text
     return found
 
 
@@ -105,18 +119,28 @@ def _compiler() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    build = Path(arguments[0] if arguments else "build/cmake")
-    logs = {path.stem: path.read_text() for path in sorted(build.glob("cuda_check/*.ptxas"))}
-    if not logs:
-        print(f"registers: no logs in {build}/cuda_check; build its target cuda_check first")
+    path = Path(arguments[0] if arguments else "build/cmake")
+    target = None
+    if path.is_file():
+        logs, compiled_for = by_source(path.read_text()), architecture() if ON_GPU else ARCHITECTURE
+    else:
+        logs = {log.stem: log.read_text() for log in sorted(path.glob("cuda_check/*.ptxas"))}
+        compiled_for, compiler = ARCHITECTURE, _compiler()
+        about = {"architecture": ARCHITECTURE, "compiler": compiler}
+        heading, note = (
+            f"{compiler} for {ARCHITECTURE}",
+            "What the compiler reports of each kernel.",
+        )
+        target = Target(f"ptxas-{ARCHITECTURE}", heading, note, compiler, about)
+    found = section(logs, compiled_for)
+    if not found.results:
+        print(
+            f"registers: {path} says nothing of kernels for {compiled_for}; build the target "
+            "cuda_check first, or the extension with NVCC_APPEND_FLAGS=-Xptxas=-v"
+        )
         return 1
-    found = section(logs, ARCHITECTURE)
     found.show(Console())
-    compiler = _compiler()
-    about = {"architecture": ARCHITECTURE, "compiler": compiler}
-    heading, note = f"{compiler} for {ARCHITECTURE}", "What the compiler reports of each kernel."
-    page = found.write(Target(f"ptxas-{ARCHITECTURE}", heading, note, compiler, about))
-    print(f"written to {page}")
+    print(f"written to {found.write(target)}")
     most = {key: max(r.values[key] for r in found.results) for key in ("registers", "spills")}
     print(json.dumps({"kernels": len(found.results), **most}))
     return 1 if most["spills"] else 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
+import os
 import platform
 import re
 import statistics
@@ -15,8 +17,6 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 from rich.table import Table
-
-from neusemslice import _C
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -31,7 +31,9 @@ class Ratio:
 
     @classmethod
     def of(cls, values: list[float]) -> Ratio:
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+        # Quartiles ask for two values.
+        several = values if len(values) > 1 else values * 2
+        low, middle, high = statistics.quantiles(several, n=4, method="inclusive")
         return cls(middle, low, high)
 
 
@@ -77,17 +79,32 @@ class Target:
 
     @classmethod
     def this_machine(cls) -> Target:
+        note = (
+            "Medians over rounds, with quartiles. “×”: how many times longer the peer takes; above "
+            "1\nis better for us."
+        )
+        # Not at the top: a build that failed is reported as well.
+        try:
+            from neusemslice import _C
+        except ImportError:
+            build = {"compiler": "not built", "cpu_capability": "not built"}
+        else:
+            build = _C.build_info()
+        compiler = build["compiler"]
+        if torch.cuda.is_available():
+            about = gpu()
+            heading = "{gpu}, {memory}, driver {driver}, CUDA {cuda}".format(**about)
+            return cls(slug(about["gpu"]), heading, note, compiler, about)
         about = {
             "processor": processor(),
             "threads": torch.get_num_threads(),
-            "cpu_capability": _C.build_info()["cpu_capability"],
+            "cpu_capability": build["cpu_capability"],
         }
         return cls(
             machine(),
             "{processor}, {threads} threads, {cpu_capability}".format(**about),
-            "Medians over rounds, with quartiles. “×”: how many times longer the peer takes; above "
-            "1\nis better for us.",
-            _C.build_info()["compiler"],
+            note,
+            compiler,
             about,
         )
 
@@ -146,6 +163,19 @@ class Section:
         return page
 
 
+def missing(*packages: str) -> str:
+    """Which of the packages are not installed, as a sentence; empty if all are."""
+    absent = [name for name in packages if not _is_there(name)]
+    return f"no {' and no '.join(absent)} installed" if absent else ""
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
+
+
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
@@ -155,11 +185,45 @@ def processor() -> str:
 def machine() -> str:
     """Name of the results file: ``cpu-amd-epyc-2core``."""
     name = re.sub(r"\(.*?\)|@.*|\bCPU\b|\bProcessor\b", " ", processor())
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    return f"cpu-{slug}-{torch.get_num_threads()}core"
+    return f"cpu-{slug(name)}-{torch.get_num_threads()}core"
+
+
+def slug(name: str) -> str:
+    """As part of a file's name: ``nvidia-h200``."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def gpu() -> dict[str, Any]:
+    """The current GPU and its software."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "gpu": properties.name,
+        "memory": f"{properties.total_memory / 2**30:.0f} GiB",
+        "multiprocessors": properties.multi_processor_count,
+        "driver": driver(),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def driver() -> str:
+    """Version of the GPU's driver."""
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=20,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "of unknown version"
+    return found.stdout.splitlines()[0].strip()
 
 
 def _commit() -> str:
+    if named := os.environ.get("NSS_COMMIT"):
+        return named
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--exclude=*"],
         cwd=Path(__file__).parent,

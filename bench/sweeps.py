@@ -5,18 +5,18 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from captum.attr import LayerDeepLift, LayerGradientXActivation
 from torch import Tensor, nn
 
 import neusemslice as nss
 from bench import harness
+from bench.device import ON_GPU, peak_memory, use_device
+from bench.device import wall_seconds as seconds
 from bench.report import Column, Ratio, Result
 
 NOTE = (
@@ -144,6 +144,8 @@ class Sweep:
         return found
 
     def captum(self) -> dict[str, Tensor]:
+        from captum.attr import LayerDeepLift, LayerGradientXActivation
+
         self.model.requires_grad_(True)
         found: dict[str, Tensor] = {}
         for name, module in self.readers.items():
@@ -162,6 +164,8 @@ class Sweep:
 
     def captum_once(self) -> None:
         """One of Captum's calls, at the first site, on the whole batch."""
+        from captum.attr import LayerDeepLift, LayerGradientXActivation
+
         module = next(iter(self.readers.values()))
         if self.case.metric == "taylor":
             LayerGradientXActivation(self.losses, module).attribute(
@@ -236,12 +240,6 @@ def measure(name: str, case: Case, quick: bool, patience: float) -> Result:
     return result
 
 
-def seconds(run: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    run()
-    return time.perf_counter() - begin
-
-
 def peak(way: str, case: Case, batch: int) -> float:
     """MiB by which one way raises the peak memory of a process that went it with a small batch."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -249,8 +247,13 @@ def peak(way: str, case: Case, batch: int) -> float:
 
 
 def _peak(way: str, case: Case, batch: int) -> float:
+    use_device()
     getattr(Sweep(case, case.num_classes), way)()
     sweep = Sweep(case, batch)
+    if ON_GPU:
+        with peak_memory() as found:
+            getattr(sweep, way)()
+        return found[0]
     before = _kibibytes("VmHWM")
     getattr(sweep, way)()
     return (_kibibytes("VmHWM") - before) / 1024

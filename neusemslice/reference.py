@@ -213,6 +213,12 @@ def _whole(compact: Tensor | None, shape: torch.Size, rows: Tensor, dim: int) ->
     return dense if compact is None else dense.index_copy(dim, rows, compact.double())
 
 
+def _with_master(param: Tensor, master: Tensor | None, rows: Tensor, dim: int) -> Tensor:
+    """The parameter in float64, its tuned rows from where the step takes them."""
+    old = param.double()
+    return old if master is None else old.index_copy(dim, rows, master.double())
+
+
 def _dense_gradient(grad: Tensor, shape: torch.Size, rows: Tensor, dim: int) -> Tensor:
     return grad.double() if grad.shape == shape else _whole(grad, shape, rows, dim)
 
@@ -240,6 +246,7 @@ def masked_sgd(
     nesterov: bool = False,
     maximize: bool = False,
     grad_scale: float = 1.0,
+    master: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The parameter and its compact state after one step, in float64.
 
@@ -247,7 +254,7 @@ def masked_sgd(
     Shapes as ``ops.masked_sgd_``.
     """
     dim = neuron_dim % param.dim()
-    old = param.double()
+    old = _with_master(param, master, rows, dim)
     g = _dense_gradient(grad, param.shape, rows, dim) / grad_scale
     g = (-g if maximize else g) + weight_decay * old
     buffer = _whole(momentum_buffer, param.shape, rows, dim)
@@ -277,15 +284,19 @@ def masked_adamw(
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.01,
+    decoupled_weight_decay: bool = True,
     amsgrad: bool = False,
     maximize: bool = False,
     grad_scale: float = 1.0,
+    master: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """As ``masked_sgd``, for AdamW. Shapes as ``ops.masked_adamw_``."""
+    """As ``masked_sgd``, for Adam and AdamW. Shapes as ``ops.masked_adamw_``."""
     dim = neuron_dim % param.dim()
-    old = param.double()
+    old = _with_master(param, master, rows, dim)
     g = _dense_gradient(grad, param.shape, rows, dim) / grad_scale
     g = -g if maximize else g
+    if not decoupled_weight_decay:
+        g, weight_decay = g + weight_decay * old, 0.0
     t = _per_row(steps, param.shape, rows, dim) + 1
     m = beta1 * _whole(exp_avg, param.shape, rows, dim) + (1 - beta1) * g
     v = beta2 * _whole(exp_avg_sq, param.shape, rows, dim) + (1 - beta2) * g**2
@@ -345,3 +356,16 @@ def deeplift_relu(
                 for m, (z, w) in zip(multipliers, before, strict=True)
             ]
     return contributions[::-1]
+
+
+def gram(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Count, mean and products about the mean of all rows of ``x`` at once, in float64."""
+    values = x.double()
+    mean = values.mean(0) if len(values) else values.new_zeros(values.shape[1])
+    centred = values - mean
+    products = (
+        torch.stack([(centred[:, i : i + 1] * centred).sum(0) for i in range(values.shape[1])])
+        if values.shape[1]
+        else values.new_zeros(0, 0)
+    )
+    return torch.tensor(float(len(values)), dtype=torch.float64), mean, products

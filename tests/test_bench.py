@@ -1,15 +1,16 @@
 """What the benchmarks write."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from bench import cifar, report
+from bench import mnist, report
 from bench.report import Column, Ratio, Result, Section
+from bench.slicing import Curve, compared
 
 COLUMNS = (
     Column("ms", "ms", "number"),
@@ -58,50 +59,32 @@ def test_a_section_replaces_itself_and_leaves_the_others(results):
     assert "| fp32 K=10 | 1.50 | 90.0% (40.0% … 60.0%) | – | index_add_ |" in text
 
 
-def test_numbers_are_in_the_last_line_too():
-    columns = (Column("mean", "accuracy %", "number", in_summary=True),)
-    found = Section("c", "C", "", columns, [Result("ours", {"mean": 87.5})])
-    assert json.loads(found.summary()) == {"ours": {"mean": 87.5}}
+class TestCurves:
+    def test_are_interpolated_between_measured_points_only(self):
+        curve = Curve.of([(0.3, 0.5), (0.1, 0.8), (0.1, 1.0)])
+        found = curve.at(np.array([0.05, 0.1, 0.2, 0.3, 0.31]))
+        np.testing.assert_allclose(found, [np.nan, 0.9, 0.7, 0.5, np.nan])
+
+    def test_are_compared_where_one_of_them_is_useful(self):
+        mine = Curve.of([(0.01, 0.9), (0.11, 0.7), (0.5, 0.1)])
+        low = Curve.of([(0.02, 0.45), (0.04, 0.45)])
+        high = Curve.of([(0.11, 1.0), (0.12, 0.01)])
+        found = compared([mine], [low], [high])
+        ratio = found["vs_global"]
+        assert ratio.median == pytest.approx(0.86 / 0.45)
+        assert found["vs_category"].low == pytest.approx(0.7)
+        assert found["below"] == "11 %"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(cifar.missing() is not None, reason=str(cifar.missing()))
-def test_the_quick_study_of_readaptation_compares_all_methods():
-    result = subprocess.run(
-        [sys.executable, "-m", "bench.readapt", "--quick"],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"COLUMNS": "200"},
+@pytest.mark.skipif(mnist.missing() is not None, reason=str(mnist.missing()))
+def test_the_study_of_slices_ends_with_its_summary():
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.slicing", "--quick"],
+        check=True,
         capture_output=True,
         text=True,
-        check=False,
+        cwd=Path(__file__).parents[1],
     )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
-    for method in ("ours", "full", "last layer", "random neurons", "batch norms", "LoRA"):
-        for name in ("500 new samples, 3 steps", "100 new samples, 2 steps"):
-            values = found[f"ResNet-20, {name}: {method}"]
-            assert {"mean", "against_full", "vs_full"} <= values.keys()
-        assert "lost" in values
-
-
-class TestStudy:
-    @pytest.fixture
-    def study(self, monkeypatch, tmp_path):
-        pytest.importorskip("peft")
-        if reason := cifar.missing():
-            pytest.skip(reason)
-        from bench import readapt
-
-        return readapt.Study(readapt.QUICK, tmp_path / "kept.json")
-
-    def test_a_finished_run_is_not_repeated(self, study):
-        from bench import readapt
-
-        assert study.once("a", lambda: 1) == 1
-        assert readapt.Study(readapt.QUICK, study.kept).once("a", lambda: 2) == 1
-
-    def test_validation_images_are_trained_on_by_no_search(self, study):
-        searched = {row.numpy().tobytes() for row in study.searched.pixels}
-        held = {row.numpy().tobytes() for row in study.validation.pixels}
-        assert len(held) > 90
-        assert not searched & held
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert set(summary["LeNet-5, MNIST: taylor, semantic"]) == {"vs_global", "vs_category"}

@@ -113,6 +113,33 @@ def test_kernels_are_launched_through_the_one_helper():
             assert "<<<" not in path.read_text(), path.name
 
 
+def headers_of(path: Path) -> set[Path]:
+    """The project's headers that a source includes, and those that they include."""
+    found: set[Path] = set()
+    for name in re.findall(r'#include "(.+)"', path.read_text()):
+        header = ROOT / "csrc" / name
+        if header.is_file() and header not in found:
+            found |= {header} | headers_of(header)
+    return found
+
+
+def test_every_kernel_is_launched_in_a_test_on_the_simulated_device():
+    """By the test itself, or by the code that launches it on a GPU as well."""
+    cuda = ROOT / "csrc" / "ops" / "cuda"
+    kernels = {
+        name
+        for path in [*cuda.glob("*.cu"), *cuda.glob("*.cuh")]
+        for name in re.findall(r"__global__[^;{]*?\b(\w+_kernel)\(", path.read_text())
+    }
+    tests = [*(ROOT / "tests" / "cpp").glob("*_device_test.cpp")]
+    read = {*tests, *(header for test in tests for header in headers_of(test))}
+    launched = {
+        name for path in read for name in re.findall(r"launch\(\s*\"(\w+)\"", path.read_text())
+    }
+    assert len(kernels) > 15
+    assert kernels <= launched, f"never run: {sorted(kernels - launched)}"
+
+
 def test_the_readmes_example_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

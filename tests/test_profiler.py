@@ -110,7 +110,7 @@ class TestSites:
         model = settled(Residual(), 1, 8, 8)
         batches = loader(24)
         slicing = nss.slice(nss.profile(model, batches, sites=["conv*", "inner"]))
-        small = nss.restructure(model, slicing, calibration=batches, keep=0.5)
+        small = nss.restructure(model, slicing, calibration=batches, keep=0.5, compensate=False)
         assert small.report.widths == {"conv1": (8, 4), "conv2": (8, 8), "inner": (10, 5)}
 
     def test_a_pattern_that_matches_nothing(self):

@@ -41,6 +41,19 @@ def test_refuses_a_log_that_says_too_little():
         registers.usages("Compiling entry function 'plain_kernel' for 'sm_90'", "sm_90")
 
 
+def test_a_builds_log_is_read_source_by_source():
+    built = (
+        "[1/3] g++ -c /x/csrc/ops/similarity.cpp -o s.o\n"
+        "[2/3] /usr/bin/nvcc -O3 -c -c /x/csrc/ops/cuda/class_stats_kernel.cu -o c.o -O3\n" + LOG
+    )
+    assert registers.by_source(built + "[3/3] nvcc -c /x/empty.cu -o e.o\n").keys() == {
+        "class_stats_kernel"
+    }
+    found = registers.section(registers.by_source(built), "sm_90")
+    assert len(found.results) == 2
+    assert all(result.name.startswith("class_stats_kernel: ") for result in found.results)
+
+
 def test_without_logs_it_says_what_to_build(tmp_path, capsys):
     assert registers.main([str(tmp_path)]) == 1
-    assert "build its target cuda_check first" in capsys.readouterr().out
+    assert "build the target cuda_check first" in capsys.readouterr().out

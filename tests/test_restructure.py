@@ -1,6 +1,8 @@
 """Removal is physical, equals masking on every network, and meets its target or says why not."""
 
 import copy
+import functools
+import sys
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from neusemslice.maintain.cost import sliced_cost
 from neusemslice.maintain.restructure import TOLERANCE, check_pruned, prune
 
 BATCHES = loader()
+cut = functools.partial(nss.restructure, compensate=False)
 X = images(9, 1, 8, 8, seed=1)
 
 
@@ -29,7 +32,7 @@ def made(name="lenet", threshold=0.8):
 def test_pruned_equals_masked(name, keep):
     model, slicing = made(name)
     before = copy.deepcopy(model.state_dict())
-    result = nss.restructure(model, slicing, calibration=BATCHES, keep=keep)
+    result = cut(model, slicing, calibration=BATCHES, keep=keep)
     with result.kept.applied(model):
         masked = model(X)
     pruned = result.model(X)
@@ -53,7 +56,7 @@ def test_unequal_widths_and_exactly_these_neurons():
             "7": torch.arange(10) % 3 == 0,
         },
     )
-    result = nss.restructure(model, kept, calibration=BATCHES)
+    result = cut(model, kept, calibration=BATCHES)
     assert result.kept == kept
     assert result.report.widths == {"0": (4, 1), "3": (6, 3), "7": (10, 4)}
     assert torch.equal(result.model[0].weight, model[0].weight[1:2])
@@ -66,7 +69,7 @@ def test_unequal_widths_and_exactly_these_neurons():
 def test_calibration_needs_no_labels():
     model, slicing = made("lenet")
     for batches in ([X], [{"input": X}], [(X, torch.zeros(9))]):
-        assert nss.restructure(model, slicing, calibration=batches, keep=0.5).model(X).shape == (
+        assert cut(model, slicing, calibration=batches, keep=0.5).model(X).shape == (
             9,
             4,
         )
@@ -74,16 +77,16 @@ def test_calibration_needs_no_labels():
 
 def test_without_a_target_the_critical_slice_stays():
     model, slicing = made("lenet", threshold=0.5)
-    result = nss.restructure(model, slicing, calibration=BATCHES)
+    result = cut(model, slicing, calibration=BATCHES)
     assert result.kept == slicing.critical_slice()
 
 
 def test_coupled_neurons_stay_together_and_broken_groups_stay_whole():
     model, slicing = made("residual")
-    result = nss.restructure(model, slicing, calibration=BATCHES, keep=0.5)
+    result = cut(model, slicing, calibration=BATCHES, keep=0.5)
     assert torch.equal(result.kept.mask("conv2"), result.kept.mask("outer"))
     model, slicing = made("padded")
-    result = nss.restructure(model, slicing, calibration=BATCHES, keep=0.5)
+    result = cut(model, slicing, calibration=BATCHES, keep=0.5)
     assert result.report.widths == {"stem": (4, 4), "conv1": (8, 4), "conv2": (8, 8)}
     assert set(result.report.kept_whole) == {"stem", "conv2"}
 
@@ -93,7 +96,7 @@ class TestTargets:
     @pytest.mark.parametrize("target", ["macs", "params"])
     def test_is_met_closely(self, name, target):
         model, slicing = made(name)
-        result = nss.restructure(model, slicing, calibration=BATCHES, **{target: 0.5})
+        result = cut(model, slicing, calibration=BATCHES, **{target: 0.5})
         before, after = result.report.before, result.report.after
         field = {"macs": "macs", "params": "parameters"}[target]
         assert getattr(after, field) <= 0.5 * getattr(before, field)
@@ -107,13 +110,13 @@ class TestTargets:
     @pytest.mark.parametrize("name", IMAGES)
     def test_the_planned_cost_is_the_measured_one(self, name):
         model, slicing = made(name)
-        result = nss.restructure(model, slicing, calibration=BATCHES, keep=0.5)
+        result = cut(model, slicing, calibration=BATCHES, keep=0.5)
         planned = sliced_cost(model, slicing.profile.graph, result.kept)
         assert planned == (result.report.after.parameters, result.report.after.macs)
 
     def test_the_most_important_neurons_stay(self):
         model, slicing = made("lenet")
-        result = nss.restructure(model, slicing, calibration=BATCHES, keep=0.5)
+        result = cut(model, slicing, calibration=BATCHES, keep=0.5)
         for site, (before, after) in result.report.widths.items():
             best = slicing.importance(site).sort(descending=True, stable=True).indices[:after]
             assert result.kept.mask(site).nonzero().squeeze(1).tolist() == sorted(best.tolist())
@@ -122,13 +125,42 @@ class TestTargets:
     def test_one_that_cannot_be_met(self):
         model, slicing = made("padded")
         with pytest.raises(
-            ValueError, match=r"macs=0\.01 cannot be met; one neuron per group leaves"
+            ValueError, match=r"macs=0\.01 cannot be met; the fewest neurons per group leave"
         ):
-            nss.restructure(model, slicing, calibration=BATCHES, macs=0.01)
+            cut(model, slicing, calibration=BATCHES, macs=0.01)
+
+    @pytest.mark.parametrize("target", ["params", "keep"])
+    def test_widths_are_multiples(self, target):
+        model, slicing = made("lenet")
+        result = cut(model, slicing, calibration=BATCHES, round_to=2, **{target: 0.6})
+        widths = result.report.widths
+        assert all(after % 2 == 0 or after == before for before, after in widths.values())
+        assert any(after < before for before, after in widths.values())
+        if target == "params":
+            assert result.report.after.parameters <= 0.6 * result.report.before.parameters
+
+    def test_latency_is_searched_by_what_is_measured(self, monkeypatch):
+        """A clock that goes by the parameters, so that the answer is known."""
+        from neusemslice.maintain import restructure as module
+
+        measured = []
+
+        def clock(model, inputs):
+            measured.append(parameter_count(model))
+            return parameter_count(model) / 1000
+
+        monkeypatch.setattr(sys.modules[module.__module__], "measure_latency", clock)
+        model, slicing = made("lenet")
+        result = cut(model, slicing, calibration=BATCHES, latency=0.5)
+        left = parameter_count(result.model) / parameter_count(model)
+        assert left <= 0.5
+        by_count = cut(model, slicing, calibration=BATCHES, params=0.5)
+        assert left >= 0.9 * parameter_count(by_count.model) / parameter_count(model)
+        assert measured[0::2] == [parameter_count(model)] * (len(measured) // 2)
 
     def test_a_target_of_one_keeps_all(self):
         model, slicing = made("lenet")
-        result = nss.restructure(model, slicing, calibration=BATCHES, params=1.0)
+        result = cut(model, slicing, calibration=BATCHES, params=1.0)
         assert result.kept == Slice.whole(slicing.profile.graph)
         assert torch.equal(result.model(X), model(X))
 
@@ -137,27 +169,29 @@ class TestRefusals:
     def test_targets(self):
         model, slicing = made()
         with pytest.raises(ValueError, match=r"give one target, got \['keep', 'macs'\]"):
-            nss.restructure(model, slicing, calibration=BATCHES, macs=0.5, keep=0.5)
+            cut(model, slicing, calibration=BATCHES, macs=0.5, keep=0.5)
         for bad in (0.0, 1.5, float("nan")):
             with pytest.raises(ValueError, match=r"macs must lie in \(0, 1\], got"):
-                nss.restructure(model, slicing, calibration=BATCHES, macs=bad)
+                cut(model, slicing, calibration=BATCHES, macs=bad)
+        with pytest.raises(ValueError, match="round_to must be at least 1, got 0"):
+            cut(model, slicing, calibration=BATCHES, macs=0.5, round_to=0)
         with pytest.raises(ValueError, match="needs a slicing to rank neurons by"):
-            nss.restructure(model, slicing.critical_slice(), calibration=BATCHES, macs=0.5)
+            cut(model, slicing.critical_slice(), calibration=BATCHES, macs=0.5)
 
     def test_another_model(self):
         _, slicing = made()
         with pytest.raises(ValueError, match="belongs to another model"):
-            nss.restructure(Mlp(), slicing, calibration=loader(shape=(12,)), macs=0.5)
+            cut(Mlp(), slicing, calibration=loader(shape=(12,)), macs=0.5)
 
     def test_a_site_without_a_neuron(self):
         model, slicing = made()
         with pytest.raises(ValueError, match="no neuron of site 0 would be left"):
-            nss.restructure(model, Slice(slicing.profile.graph, {}), calibration=BATCHES)
+            cut(model, Slice(slicing.profile.graph, {}), calibration=BATCHES)
 
     def test_no_calibration(self):
         model, slicing = made()
         with pytest.raises(ValueError, match="restructure: the loader yielded no batch"):
-            nss.restructure(model, slicing, calibration=[], macs=0.5)
+            cut(model, slicing, calibration=[], macs=0.5)
 
 
 class TestWrongMapping:
@@ -178,7 +212,7 @@ class TestWrongMapping:
         first = slicing.profile.graph.sites[0].name
         monkeypatch.setattr(DependencyGraph, "get_pruning_group", wrong)
         with pytest.raises(RuntimeError, match=f"differs from the masked.*at site {first}"):
-            nss.restructure(model, slicing, calibration=BATCHES, keep=0.5)
+            cut(model, slicing, calibration=BATCHES, keep=0.5)
 
     def test_a_cut_that_does_not_fit_raises(self, monkeypatch):
         from torch_pruning.dependency import Group
@@ -192,7 +226,7 @@ class TestWrongMapping:
         model, slicing = made("residual")
         monkeypatch.setattr(Group, "prune", half)
         with pytest.raises(RuntimeError, match="the pruned model does not run"):
-            nss.restructure(model, slicing, calibration=BATCHES, keep=0.5)
+            cut(model, slicing, calibration=BATCHES, keep=0.5)
 
     def test_a_changed_weight_is_noticed(self):
         from neusemslice.graph import Inputs
@@ -210,7 +244,7 @@ def test_flags_and_modes_are_the_models_own():
     model, slicing = made("lenet")
     model.train()
     model[0].bias.requires_grad_(False)
-    result = nss.restructure(model, slicing, calibration=BATCHES, keep=0.5)
+    result = cut(model, slicing, calibration=BATCHES, keep=0.5)
     assert model.training
     assert result.model.training
     assert [n for n, p in result.model.named_parameters() if not p.requires_grad] == ["0.bias"]
@@ -220,7 +254,7 @@ def test_a_module_used_twice_is_left_whole():
     model = settled(Reused(), 12)
     batches = loader(shape=(12,))
     slicing = nss.slice(nss.profile(model, batches))
-    result = nss.restructure(model, slicing, calibration=batches, keep=0.5)
+    result = cut(model, slicing, calibration=batches, keep=0.5)
     assert result.model.twice.weight.shape == (8, 8)
     assert result.report.widths == {"last": (8, 4)}
 

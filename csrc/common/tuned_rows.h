@@ -11,7 +11,8 @@ namespace neusemslice {
 
 // Elements are numbered in the order of the state, which is contiguous with the neuron dimension
 // reduced to the tuned rows: as `lines` lines of `width` elements, the last axis. A row is a slice
-// of the parameter at one index of its neuron dimension.
+// of the parameter at one index of its neuron dimension. Without a neuron axis all elements belong
+// to row 0.
 struct TunedRows {
   static constexpr int kMaxAxes = 16;
 
@@ -28,20 +29,20 @@ struct TunedRows {
     int64_t grad = 0;
   };
 
-  Axis axes[kMaxAxes] = {};
   int axis_count = 0;
-  int neuron_axis = 0;
+  int neuron_axis = -1;
   bool compact_grad = false;      // the gradient has the tuned rows only
   const int64_t* rows = nullptr;  // index of each tuned row in the neuron dimension
   int64_t dimension = 0;          // size of the neuron dimension in the parameter
   int64_t lines = 1;
   int64_t width = 1;
+  Axis axes[kMaxAxes] = {};  // the last member, so that those behind axis_count can be left out
 
   // Appends an axis other than the neurons'; axes that both strides run through become one.
   // False if there is no room left.
   bool append(int64_t size, int64_t param_stride, int64_t grad_stride) {
     if (size == 1) return true;
-    if (axis_count > 0 && !(has_neurons_ && neuron_axis == axis_count - 1)) {
+    if (axis_count > 0 && neuron_axis != axis_count - 1) {
       Axis& last = axes[axis_count - 1];
       if (last.param_stride == size * param_stride && last.grad_stride == size * grad_stride) {
         last = {last.size * size, param_stride, grad_stride};
@@ -52,24 +53,39 @@ struct TunedRows {
   }
 
   bool append_neurons(int64_t tuned, int64_t param_stride, int64_t grad_stride) {
-    has_neurons_ = true;
     neuron_axis = axis_count;
     return push({tuned, param_stride, grad_stride});
   }
 
   // To be called once all axes are there.
   void finish() {
+    if (axis_count == 0) push({1, 0, 0});
     width = axes[axis_count - 1].size;
     lines = 1;
     for (int a = 0; a < axis_count - 1; ++a) lines *= axes[a].size;
   }
 
+  // Forgets where rows begin and end, for rows that are all of the parameter's.
+  void join_rows() {
+    const TunedRows apart = *this;
+    *this = {};
+    for (int a = 0; a < apart.axis_count; ++a) {
+      append(apart.axes[a].size, apart.axes[a].param_stride, apart.axes[a].grad_stride);
+    }
+    finish();
+  }
+
+  // Whether a line is of several rows, one element of each.
+  NSS_HOST_DEVICE bool across_rows() const { return neuron_axis == axis_count - 1; }
+  NSS_HOST_DEVICE const Axis& last() const { return axes[axis_count - 1]; }
+
   NSS_HOST_DEVICE Place line(int64_t index) const {
     Place place;
-    for (int a = axis_count - 2; a >= 0; --a) {
+    for (int a = axis_count - 2; a > 0; --a) {
       move(place, a, index % axes[a].size);
       index /= axes[a].size;
     }
+    if (axis_count > 1) move(place, 0, index);
     return place;
   }
 
@@ -80,8 +96,6 @@ struct TunedRows {
   }
 
  private:
-  bool has_neurons_ = false;
-
   bool push(Axis axis) {
     if (axis_count == kMaxAxes) return false;
     axes[axis_count++] = axis;

@@ -31,127 +31,165 @@ void check_one_float(const at::Tensor& t, const char* op, const char* argument) 
                     describe(t));
 }
 
-TunedRows locate(const char* op, const std::string& name, const TunedTensor& t, int64_t dim) {
+TunedRows locate(const char* op, const std::string& name, const at::Tensor& param,
+                 const at::Tensor& grad, const at::Tensor& rows, int64_t dim) {
   TunedRows where;
-  where.rows = t.rows.const_data_ptr<int64_t>();
-  where.dimension = t.dimension;
-  where.compact_grad = t.grad.size(dim) != where.dimension;
+  where.rows = rows.const_data_ptr<int64_t>();
+  where.dimension = param.size(dim);
+  where.compact_grad = grad.size(dim) != where.dimension;
   bool fits = true;
-  for (int64_t d = 0; d < t.param.dim(); ++d) {
-    const int64_t p = t.param.stride(d);
-    const int64_t g = t.grad.stride(d);
-    fits = fits && (d == dim ? where.append_neurons(t.rows.numel(), p, g)
-                             : where.append(t.param.size(d), p, g));
+  for (int64_t d = 0; d < param.dim(); ++d) {
+    const int64_t p = param.stride(d);
+    const int64_t g = grad.stride(d);
+    fits = fits && (d == dim ? where.append_neurons(rows.numel(), p, g)
+                             : where.append(param.size(d), p, g));
   }
   TORCH_CHECK_VALUE(fits, op, ": ", name, " must have strides that reduce to at most ",
-                    TunedRows::kMaxAxes, " dimensions, got ", describe(t.param), " with strides ",
-                    t.param.strides());
+                    TunedRows::kMaxAxes, " dimensions, got ", describe(param), " with strides ",
+                    param.strides());
   where.finish();
   return where;
+}
+
+// Checks one item of a list that is as the parameter with the tuned rows only.
+void check_compact(const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef shape,
+                   at::Device device, const char* op, const std::string& name) {
+  check_dtype(t, dtype, op, name.c_str());
+  check_shape(t, shape, op, name.c_str());
+  check_device(t, device, op, name.c_str());
+  check_contiguous(t, op, name.c_str());
+}
+
+void check_param(const at::Tensor& param, at::Device device, const char* op,
+                 const std::string& name) {
+  check_floating(param, op, name.c_str());
+  check_device(param, device, op, name.c_str());
+  TORCH_CHECK_VALUE(param.dim() >= 1, op, ": ", name, " must have at least one dimension, got ",
+                    describe(param));
+  TORCH_CHECK_VALUE(at::has_internal_overlap(param) != at::MemOverlap::Yes, op, ": ", name,
+                    " must not have two elements in one place, got ", describe(param),
+                    " with strides ", param.strides());
 }
 
 }  // namespace
 
 void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                 at::TensorList steps, at::TensorList rows, at::IntArrayRef neuron_dims,
-                 const at::Tensor& lr, double momentum, double dampening, double weight_decay,
-                 bool nesterov, bool maximize, const std::optional<at::Tensor>& grad_scale,
+                 at::TensorList masters, at::TensorList steps, at::TensorList rows,
+                 at::IntArrayRef neuron_dims, const at::Tensor& lr, double momentum,
+                 double dampening, double weight_decay, bool nesterov, bool maximize,
+                 const std::optional<at::Tensor>& grad_scale,
                  const std::optional<at::Tensor>& found_inf) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("neusemslice::masked_sgd_", "")
                        .typed<decltype(masked_sgd_)>();
-  op.call(params, grads, momentum_buffers, steps, rows, neuron_dims, lr, momentum, dampening,
-          weight_decay, nesterov, maximize, grad_scale, found_inf);
+  op.call(params, grads, momentum_buffers, masters, steps, rows, neuron_dims, lr, momentum,
+          dampening, weight_decay, nesterov, maximize, grad_scale, found_inf);
 }
 
 void masked_adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                   at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs, at::TensorList steps,
-                   at::TensorList rows, at::IntArrayRef neuron_dims, const at::Tensor& lr,
-                   double beta1, double beta2, double eps, double weight_decay, bool amsgrad,
+                   at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs,
+                   at::TensorList masters, at::TensorList steps, at::TensorList rows,
+                   at::IntArrayRef neuron_dims, const at::Tensor& lr, double beta1, double beta2,
+                   double eps, double weight_decay, bool decoupled_weight_decay, bool amsgrad,
                    bool maximize, const std::optional<at::Tensor>& grad_scale,
                    const std::optional<at::Tensor>& found_inf) {
   static auto op = c10::Dispatcher::singleton()
                        .findSchemaOrThrow("neusemslice::masked_adamw_", "")
                        .typed<decltype(masked_adamw_)>();
-  op.call(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, rows, neuron_dims, lr,
-          beta1, beta2, eps, weight_decay, amsgrad, maximize, grad_scale, found_inf);
+  op.call(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps, rows, neuron_dims,
+          lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize,
+          grad_scale, found_inf);
 }
 
-std::vector<TunedTensor> checked_tensors(const char* op, at::TensorList params,
-                                         at::TensorList grads, const std::vector<StateList>& states,
-                                         at::TensorList steps, bool steps_wanted,
-                                         at::TensorList rows, at::IntArrayRef neuron_dims) {
-  check_length(grads.size(), params.size(), op, "grads");
-  for (const StateList& kind : states) {
-    check_length(kind.tensors.size(), kind.wanted ? params.size() : 0, op, kind.name);
+OptimizerTensors checked_tensors(const OptimizerLists& lists) {
+  const char* op = lists.op;
+  const size_t count = lists.params.size();
+  check_length(lists.grads.size(), count, op, "grads");
+  for (const StateList& kind : lists.states) {
+    check_length(kind.tensors.size(), kind.wanted ? count : 0, op, kind.name);
   }
-  check_length(steps.size(), steps_wanted ? params.size() : 0, op, "steps");
-  check_length(rows.size(), params.size(), op, "rows");
-  check_length(neuron_dims.size(), params.size(), op, "neuron_dims");
+  if (!lists.masters.empty()) check_length(lists.masters.size(), count, op, "masters");
+  check_length(lists.steps.size(), lists.steps_wanted ? count : 0, op, "steps");
+  check_length(lists.rows.size(), count, op, "rows");
+  check_length(lists.neuron_dims.size(), count, op, "neuron_dims");
 
-  std::vector<TunedTensor> tensors(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    TunedTensor& t = tensors[i];
-    t.param = params[i];
+  OptimizerTensors tensors;
+  tensors.updates.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const at::Tensor& param = lists.params[i];
+    const at::Device device = lists.params[0].device();
     const std::string param_name = item("params", i);
-    check_floating(t.param, op, param_name.c_str());
-    const at::Device device = params[0].device();
-    check_device(t.param, device, op, param_name.c_str());
-    TORCH_CHECK_VALUE(t.param.dim() >= 1, op, ": ", param_name,
-                      " must have at least one dimension, got ", describe(t.param));
-    TORCH_CHECK_VALUE(at::has_internal_overlap(t.param) != at::MemOverlap::Yes, op, ": ",
-                      param_name, " must not have two elements in one place, got ",
-                      describe(t.param), " with strides ", t.param.strides());
-    const int64_t dim = neuron_dims[i] < 0 ? neuron_dims[i] + t.param.dim() : neuron_dims[i];
-    TORCH_CHECK_VALUE(dim >= 0 && dim < t.param.dim(), op, ": ", item("neuron_dims", i),
-                      " must name a dimension of ", param_name, ", got ", neuron_dims[i], " for ",
-                      describe(t.param));
-    t.dimension = t.param.size(dim);
+    check_param(param, device, op, param_name);
+    const int64_t given = lists.neuron_dims[i];
+    const int64_t dim = given < 0 ? given + param.dim() : given;
+    TORCH_CHECK_VALUE(dim >= 0 && dim < param.dim(), op, ": ", item("neuron_dims", i),
+                      " must name a dimension of ", param_name, ", got ", given, " for ",
+                      describe(param));
 
     const std::string rows_name = item("rows", i);
-    check_dtype(rows[i], at::kLong, op, rows_name.c_str());
-    check_device(rows[i], device, op, rows_name.c_str());
-    TORCH_CHECK_VALUE(rows[i].dim() == 1, op, ": ", rows_name, " must be int64 [R], got ",
-                      describe(rows[i]));
-    t.rows = rows[i].contiguous();  // copies only a strided selection of a longer list
-    std::vector<int64_t> compact = t.param.sizes().vec();
-    compact[dim] = t.rows.numel();
+    check_dtype(lists.rows[i], at::kLong, op, rows_name.c_str());
+    check_device(lists.rows[i], device, op, rows_name.c_str());
+    TORCH_CHECK_VALUE(lists.rows[i].dim() == 1, op, ": ", rows_name, " must be int64 [R], got ",
+                      describe(lists.rows[i]));
+    // Copies only a strided selection of a longer list.
+    const at::Tensor rows = lists.rows[i].contiguous();
+    std::vector<int64_t> compact = param.sizes().vec();
+    compact[dim] = rows.numel();
 
+    const at::Tensor& grad = lists.grads[i];
     const std::string grad_name = item("grads", i);
-    t.grad = grads[i];
-    check_dtype(t.grad, t.param.scalar_type(), op, grad_name.c_str());
-    check_device(t.grad, device, op, grad_name.c_str());
-    TORCH_CHECK_VALUE(t.grad.sizes() == t.param.sizes() || t.grad.sizes() == compact, op, ": ",
-                      grad_name, " must have shape ", t.param.sizes(), " or, of the rows alone, ",
-                      at::IntArrayRef(compact), ", got ", describe(t.grad));
+    check_dtype(grad, param.scalar_type(), op, grad_name.c_str());
+    check_device(grad, device, op, grad_name.c_str());
+    TORCH_CHECK_VALUE(grad.sizes() == param.sizes() || grad.sizes() == compact, op, ": ", grad_name,
+                      " must have shape ", param.sizes(), " or, of the rows alone, ",
+                      at::IntArrayRef(compact), ", got ", describe(grad));
 
-    for (size_t kind = 0; kind < states.size(); ++kind) {
-      if (!states[kind].wanted) continue;
-      const std::string name = item(states[kind].name, i);
-      t.states[kind] = states[kind].tensors[i];
-      check_dtype(t.states[kind], state_dtype(t.param), op, name.c_str());
-      check_shape(t.states[kind], compact, op, name.c_str());
-      check_device(t.states[kind], device, op, name.c_str());
-      check_contiguous(t.states[kind], op, name.c_str());
+    TensorUpdate update;
+    for (size_t kind = 0; kind < lists.states.size(); ++kind) {
+      if (!lists.states[kind].wanted) continue;
+      const at::Tensor& state = lists.states[kind].tensors[i];
+      check_compact(state, state_dtype(param), compact, device, op,
+                    item(lists.states[kind].name, i));
+      update.states[kind] = state.mutable_data_ptr();
     }
-    if (steps_wanted) {
-      const std::string name = item("steps", i);
-      t.steps = steps[i];
-      check_dtype(t.steps, at::kFloat, op, name.c_str());
-      check_shape(t.steps, {t.rows.numel()}, op, name.c_str());
-      check_device(t.steps, device, op, name.c_str());
-      check_contiguous(t.steps, op, name.c_str());
+    if (!lists.masters.empty()) {
+      const at::Tensor& master = lists.masters[i];
+      const at::ScalarType dtype = param.scalar_type();
+      TORCH_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16, op, ": ", param_name,
+                       " must be float16 or bfloat16 to have a master, got ", describe(param));
+      check_compact(master, at::kFloat, compact, device, op, item("masters", i));
+      update.master = master.mutable_data_ptr<float>();
     }
-    t.elements = 1;
-    for (const int64_t size : compact) t.elements *= size;
-    if (t.elements > 0) t.where = locate(op, param_name, t, dim);
+    if (lists.steps_wanted) {
+      const at::Tensor& steps = lists.steps[i];
+      check_compact(steps, at::kFloat, {rows.numel()}, device, op, item("steps", i));
+      update.steps = steps.mutable_data_ptr<float>();
+    }
+    update.row_count = rows.numel();
+    update.elements = 1;
+    for (const int64_t size : compact) update.elements *= size;
+    // Rows of no elements are counted like others.
+    update.where.rows = rows.const_data_ptr<int64_t>();
+    update.where.dimension = param.size(dim);
+    if (update.elements > 0) {
+      update.param = param.mutable_data_ptr();
+      update.grad = grad.const_data_ptr();
+      update.element = element_of(param);
+      update.where = locate(op, param_name, param, grad, rows, dim);
+    }
+    tensors.updates.push_back(update);
+    tensors.contiguous_rows.push_back(rows);
   }
   return tensors;
 }
 
-StepScalars checked_scalars(const char* op, const std::vector<TunedTensor>& tensors,
-                            const at::Tensor& lr, const std::optional<at::Tensor>& grad_scale,
+StepScalars checked_scalars(const OptimizerLists& lists, const at::Tensor& lr,
+                            const std::optional<at::Tensor>& grad_scale,
                             const std::optional<at::Tensor>& found_inf) {
+  const char* op = lists.op;
+  const auto check_beside = [&](const at::Tensor& t, const char* argument) {
+    if (!lists.params.empty()) check_device(t, lists.params[0].device(), op, argument);
+  };
   TORCH_CHECK_TYPE(lr.scalar_type() == at::kDouble || lr.scalar_type() == at::kFloat, op,
                    ": lr must be float64 or float32, got ", describe(lr));
   check_shape(lr, {}, op, "lr");
@@ -160,45 +198,66 @@ StepScalars checked_scalars(const char* op, const std::vector<TunedTensor>& tens
   if (lr.is_cpu()) {
     scalars.lr_value = is_double ? *lr.const_data_ptr<double>() : *lr.const_data_ptr<float>();
   } else {
-    if (!tensors.empty()) check_device(lr, tensors[0].param.device(), op, "lr");
+    check_beside(lr, "lr");
     if (is_double) scalars.lr_double = lr.const_data_ptr<double>();
     if (!is_double) scalars.lr_float = lr.const_data_ptr<float>();
   }
   if (grad_scale.has_value()) {
     check_one_float(*grad_scale, op, "grad_scale");
-    if (!tensors.empty()) check_device(*grad_scale, tensors[0].param.device(), op, "grad_scale");
+    check_beside(*grad_scale, "grad_scale");
     scalars.grad_scale = grad_scale->const_data_ptr<float>();
   }
   if (found_inf.has_value()) {
     check_one_float(*found_inf, op, "found_inf");
-    if (!tensors.empty()) check_device(*found_inf, tensors[0].param.device(), op, "found_inf");
+    check_beside(*found_inf, "found_inf");
     scalars.found_inf = found_inf->const_data_ptr<float>();
   }
   return scalars;
 }
 
-void check_sgd_options(double momentum, double dampening, bool nesterov) {
+OptimizerLists sgd_lists(at::TensorList params, at::TensorList grads,
+                         at::TensorList momentum_buffers, at::TensorList masters,
+                         at::TensorList steps, at::TensorList rows, at::IntArrayRef neuron_dims,
+                         double momentum, double dampening, bool nesterov) {
   TORCH_CHECK_VALUE(
       !nesterov || (momentum > 0 && dampening == 0),
       "masked_sgd_: nesterov needs a momentum above 0 and no dampening, got momentum ", momentum,
       " and dampening ", dampening);
+  const bool stateful = momentum != 0;
+  return {"masked_sgd_", params, grads,    {{"momentum_buffers", momentum_buffers, stateful}},
+          masters,       steps,  stateful, rows,
+          neuron_dims};
 }
 
-void check_adamw_options(double beta1, double beta2) {
+OptimizerLists adamw_lists(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+                           at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs,
+                           at::TensorList masters, at::TensorList steps, at::TensorList rows,
+                           at::IntArrayRef neuron_dims, double beta1, double beta2, bool amsgrad) {
   TORCH_CHECK_VALUE(beta1 >= 0 && beta1 < 1, "masked_adamw_: beta1 must lie in [0, 1), got ",
                     beta1);
   TORCH_CHECK_VALUE(beta2 >= 0 && beta2 < 1, "masked_adamw_: beta2 must lie in [0, 1), got ",
                     beta2);
+  return {"masked_adamw_",
+          params,
+          grads,
+          {{"exp_avgs", exp_avgs, true},
+           {"exp_avg_sqs", exp_avg_sqs, true},
+           {"max_exp_avg_sqs", max_exp_avg_sqs, amsgrad}},
+          masters,
+          steps,
+          true,
+          rows,
+          neuron_dims};
 }
 
-void bump_tensors(const std::vector<TunedTensor>& tensors) {
-  for (const TunedTensor& t : tensors) {
-    bump_version(t.param);
-    if (t.steps.defined()) bump_version(t.steps);
-    for (const at::Tensor& state : t.states) {
-      if (state.defined()) bump_version(state);
-    }
-  }
+void bump_tensors(const OptimizerLists& lists) {
+  const auto bump = [](at::TensorList list) {
+    for (const at::Tensor& t : list) bump_version(t);
+  };
+  bump(lists.params);
+  bump(lists.masters);
+  bump(lists.steps);
+  for (const StateList& kind : lists.states) bump(kind.tensors);
 }
 
 }  // namespace neusemslice::ops
@@ -206,13 +265,15 @@ void bump_tensors(const std::vector<TunedTensor>& tensors) {
 TORCH_LIBRARY_FRAGMENT(neusemslice, m) {
   m.def(
       "masked_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, "
-      "Tensor(c!)[] steps, Tensor[] rows, int[] neuron_dims, Tensor lr, *, float momentum=0, "
-      "float dampening=0, float weight_decay=0, bool nesterov=False, bool maximize=False, "
+      "Tensor(c!)[] masters, Tensor(d!)[] steps, Tensor[] rows, int[] neuron_dims, Tensor lr, *, "
+      "float momentum=0, float dampening=0, float weight_decay=0, bool nesterov=False, bool "
+      "maximize=False, "
       "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
   m.def(
       "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, "
-      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, "
-      "Tensor[] rows, int[] neuron_dims, Tensor lr, *, float beta1=0.9, float beta2=0.999, "
-      "float eps=1e-8, float weight_decay=0.01, bool amsgrad=False, bool maximize=False, "
+      "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] masters, "
+      "Tensor(f!)[] steps, Tensor[] rows, int[] neuron_dims, Tensor lr, *, float beta1=0.9, "
+      "float beta2=0.999, float eps=1e-8, float weight_decay=0.01, "
+      "bool decoupled_weight_decay=True, bool amsgrad=False, bool maximize=False, "
       "Tensor? grad_scale=None, Tensor? found_inf=None) -> ()");
 }

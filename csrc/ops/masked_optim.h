@@ -9,7 +9,8 @@
 // in an undefined way.
 //
 // masked_sgd_: torch.optim.SGD's step. momentum_buffers and steps are empty where momentum is 0.
-// masked_adamw_: torch.optim.AdamW's step. max_exp_avg_sqs is empty without amsgrad.
+// masked_adamw_: torch.optim.AdamW's step, and Adam's where the decay is not decoupled.
+// max_exp_avg_sqs is empty without amsgrad.
 //
 // Per parameter:
 //   params    float64, float32, float16 or bfloat16, at least one dimension, any strides but no two
@@ -18,6 +19,10 @@
 //             D replaced by R (compact); not changed, not even by grad_scale
 //   the state float64 for float64 parameters and float32 for all others, which is also what the
 //             arithmetic is in; contiguous, the shape of the parameter with D replaced by R
+//   masters   empty, or where all parameters are float16 or bfloat16, as their state: the tuned
+//   rows
+//             in float32. The step is then taken from the master's value, which keeps what the
+//             parameter, its rounding, cannot hold.
 //   steps     float32 [R], contiguous: how many updates each row has had. Bias correction and the
 //             first momentum go by it, so a row that joins later starts as a fresh one.
 // For all of them:
@@ -37,64 +42,69 @@
 #include <vector>
 
 #include "common/step_scalars.h"
-#include "common/tuned_rows.h"
+#include "common/tensor_update.h"
 
 namespace neusemslice::ops {
 
 void masked_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                 at::TensorList steps, at::TensorList rows, at::IntArrayRef neuron_dims,
-                 const at::Tensor& lr, double momentum, double dampening, double weight_decay,
-                 bool nesterov, bool maximize, const std::optional<at::Tensor>& grad_scale,
+                 at::TensorList masters, at::TensorList steps, at::TensorList rows,
+                 at::IntArrayRef neuron_dims, const at::Tensor& lr, double momentum,
+                 double dampening, double weight_decay, bool nesterov, bool maximize,
+                 const std::optional<at::Tensor>& grad_scale,
                  const std::optional<at::Tensor>& found_inf);
 
 void masked_adamw_(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
-                   at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs, at::TensorList steps,
-                   at::TensorList rows, at::IntArrayRef neuron_dims, const at::Tensor& lr,
-                   double beta1, double beta2, double eps, double weight_decay, bool amsgrad,
+                   at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs,
+                   at::TensorList masters, at::TensorList steps, at::TensorList rows,
+                   at::IntArrayRef neuron_dims, const at::Tensor& lr, double beta1, double beta2,
+                   double eps, double weight_decay, bool decoupled_weight_decay, bool amsgrad,
                    bool maximize, const std::optional<at::Tensor>& grad_scale,
                    const std::optional<at::Tensor>& found_inf);
 
 // What the CPU and the CUDA kernels share: checked arguments, reduced to raw pointers and strides.
 
-// The state of one kind of all parameters; empty lists where the options ask for none.
+// One kind of state of all parameters; empty where the options ask for none.
 struct StateList {
   const char* name;
   at::TensorList tensors;
   bool wanted;
 };
 
-// One parameter with what belongs to it; a state that is not wanted is undefined.
-struct TunedTensor {
-  at::Tensor param;
-  at::Tensor grad;
-  at::Tensor rows;   // contiguous
-  at::Tensor steps;  // undefined where they are not wanted
-  std::array<at::Tensor, 3> states;
-  int64_t dimension;  // D
-  int64_t elements;   // of each state
-  TunedRows where;    // not filled in where there are no elements
-
-  template <typename T>
-  T* state(size_t kind) const {
-    return states[kind].defined() ? states[kind].mutable_data_ptr<T>() : nullptr;
-  }
-  float* step_counts() const { return steps.defined() ? steps.mutable_data_ptr<float>() : nullptr; }
+struct OptimizerLists {
+  const char* op;
+  at::TensorList params;
+  at::TensorList grads;
+  std::vector<StateList> states;  // at most TensorUpdate::kMaxStates
+  at::TensorList masters;
+  at::TensorList steps;
+  bool steps_wanted;
+  at::TensorList rows;
+  at::IntArrayRef neuron_dims;
 };
 
-// `states` are at most three, in the order in which they are listed in TunedTensor.
-std::vector<TunedTensor> checked_tensors(const char* op, at::TensorList params,
-                                         at::TensorList grads, const std::vector<StateList>& states,
-                                         at::TensorList steps, bool steps_wanted,
-                                         at::TensorList rows, at::IntArrayRef neuron_dims);
+// The parameters that have tuned elements, as the kernels see them, and what keeps them alive.
+struct OptimizerTensors {
+  std::vector<TensorUpdate> updates;
+  std::vector<at::Tensor> contiguous_rows;
+};
 
-StepScalars checked_scalars(const char* op, const std::vector<TunedTensor>& tensors,
-                            const at::Tensor& lr, const std::optional<at::Tensor>& grad_scale,
+OptimizerTensors checked_tensors(const OptimizerLists& lists);
+
+StepScalars checked_scalars(const OptimizerLists& lists, const at::Tensor& lr,
+                            const std::optional<at::Tensor>& grad_scale,
                             const std::optional<at::Tensor>& found_inf);
 
-void check_sgd_options(double momentum, double dampening, bool nesterov);
-void check_adamw_options(double beta1, double beta2);
+// The lists of each operator, with its options checked.
+OptimizerLists sgd_lists(at::TensorList params, at::TensorList grads,
+                         at::TensorList momentum_buffers, at::TensorList masters,
+                         at::TensorList steps, at::TensorList rows, at::IntArrayRef neuron_dims,
+                         double momentum, double dampening, bool nesterov);
+OptimizerLists adamw_lists(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
+                           at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs,
+                           at::TensorList masters, at::TensorList steps, at::TensorList rows,
+                           at::IntArrayRef neuron_dims, double beta1, double beta2, bool amsgrad);
 
 // Marks the parameters and their state as changed.
-void bump_tensors(const std::vector<TunedTensor>& tensors);
+void bump_tensors(const OptimizerLists& lists);
 
 }  // namespace neusemslice::ops

@@ -2,6 +2,8 @@
 
 from neusemslice.graph.dependencies import dependency_graph
 from neusemslice.graph.fit import misfit
+from neusemslice.graph.layers import dim_of as layer_dim
+from neusemslice.graph.layers import is_transposed_linear, weight_dims
 from neusemslice.graph.model import (
     Inputs,
     device_of,
@@ -32,6 +34,8 @@ __all__ = [
     "fingerprint",
     "is_compiled",
     "is_sharded",
+    "is_transposed_linear",
+    "layer_dim",
     "logits_of",
     "misfit",
     "reset_compiler",
@@ -39,4 +43,5 @@ __all__ = [
     "tensors_in",
     "trace",
     "unwrapped",
+    "weight_dims",
 ]

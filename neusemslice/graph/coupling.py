@@ -17,10 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch_pruning.dependency.node import Node
 
 from neusemslice.graph.dependencies import Dependencies
 from neusemslice.graph.layers import (
@@ -37,6 +37,9 @@ from neusemslice.graph.layers import (
 )
 from neusemslice.graph.probe import Probe
 from neusemslice.graph.sites import Graph, Group, Reader, Site, Span
+
+if TYPE_CHECKING:
+    from torch_pruning.dependency.node import Node
 
 
 @dataclass

@@ -8,20 +8,20 @@ of the graph, and what reads it a beginning.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch_pruning
 from torch import Tensor, nn
-from torch_pruning.dependency.node import Node
-from torch_pruning.pruner.function import BasePruningFunc
 
 from neusemslice.graph.attention import IDLE, Attention, Heads, find_attentions, find_heads
 from neusemslice.graph.layers import Call, argument, is_layer, is_transposed_linear, run_layers
 from neusemslice.graph.model import Inputs, tensors_in
 from neusemslice.graph.probe import Probe
+
+if TYPE_CHECKING:
+    import torch_pruning
 
 
 def dependency_graph(model: nn.Module, inputs: Inputs) -> torch_pruning.DependencyGraph:
@@ -78,7 +78,15 @@ def _build(
     calls: Mapping[nn.Module, Call],
     attentions: Collection[Attention],
 ) -> Dependencies:
-    graph = _BoundedGraph()
+    # Only here, so that all that traces no model works without torch-pruning.
+    try:
+        from neusemslice.graph.pruning_graph import BoundedGraph, TransposedLinearPruner
+    except ImportError as error:
+        raise ImportError(
+            f"tracing a model needs torch-pruning, which is not installed: {error}"
+        ) from error
+
+    graph = BoundedGraph()
     roots: set[object] = set()
     ends: list[Tensor] = []
 
@@ -102,7 +110,7 @@ def _build(
             forward_fn=lambda module, batch: batch.run(module),
             output_transform=differentiable,
             customized_pruners={
-                type(module): _TransposedLinearPruner()
+                type(module): TransposedLinearPruner()
                 for module in model.modules()
                 if is_transposed_linear(module)
             },
@@ -130,61 +138,3 @@ def _begin(
     reader: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (argument(args, kwargs).detach().requires_grad_(), *args[1:]), {}
-
-
-class _BoundedGraph(torch_pruning.DependencyGraph):  # type: ignore[misc]
-    """A graph whose search for a group ends.
-
-    torch-pruning looks at an operation again for each list of indices with which it gets there,
-    and an operation that permutes features always gives another one. In networks that it
-    understands, a search looks at fewer operations than the graph has edges.
-    """
-
-    def _build_dependency(self, module2node: dict[object, Node]) -> None:
-        super()._build_dependency(module2node)
-        self.looks = 0
-        self.allowed = 500 + 3 * sum(len(node.dependencies) for node in module2node.values())
-        for node in module2node.values():
-            node.dependencies = _Counted(node.dependencies, self)
-
-    def get_pruning_group(self, *arguments: Any, **options: Any) -> Any:
-        self.looks = 0
-        return super().get_pruning_group(*arguments, **options)
-
-
-class _Counted(list[Any]):
-    """What an operation depends on; counts how often that is looked at."""
-
-    def __init__(self, items: Iterable[Any], graph: _BoundedGraph) -> None:
-        super().__init__(items)
-        self.graph = graph
-
-    def __iter__(self) -> Iterator[Any]:
-        self.graph.looks += 1
-        if self.graph.looks > self.graph.allowed:
-            raise RuntimeError("the search does not end")
-        return super().__iter__()
-
-
-class _TransposedLinearPruner(BasePruningFunc):  # type: ignore[misc]
-    """How torch-pruning cuts a linear layer whose weight is [in, out]."""
-
-    def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
-        kept = sorted(set(range(self.get_out_channels(layer))) - set(idxs))
-        layer.nf = len(kept)
-        layer.weight = self._prune_parameter_and_grad(layer.weight, kept, 1)
-        if layer.bias is not None:
-            layer.bias = self._prune_parameter_and_grad(layer.bias, kept, 0)
-        return layer
-
-    def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
-        kept = sorted(set(range(self.get_in_channels(layer))) - set(idxs))
-        layer.nx = len(kept)
-        layer.weight = self._prune_parameter_and_grad(layer.weight, kept, 0)
-        return layer
-
-    def get_out_channels(self, layer: Any) -> int:
-        return int(layer.nf)
-
-    def get_in_channels(self, layer: Any) -> int:
-        return int(layer.nx)

@@ -40,6 +40,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
     Raises:
         ValueError: if the model has no layer whose neurons another one reads.
         TypeError: if it returns no logits.
+        ImportError: if torch-pruning is not installed.
     """
     with (
         torch.inference_mode(False),
@@ -65,6 +66,8 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
         )
         try:
             found = dependencies(model, inputs, calls, heads)
+        except ImportError:
+            raise
         except Exception as error:
             # torch-pruning raises whatever its walk through a model runs into.
             reason = f"torch-pruning cannot trace the model: {type(error).__name__}: {error}"

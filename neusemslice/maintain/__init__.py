@@ -1,5 +1,6 @@
 """From a slice to a restructured, re-adapted or extended model."""
 
+from neusemslice.maintain.compensate import Refit
 from neusemslice.maintain.cost import Cost, latency, measure, parameter_count
 from neusemslice.maintain.delta import Delta
 from neusemslice.maintain.extend import Extended, ExtendReport, extend
@@ -16,6 +17,7 @@ __all__ = [
     "Extended",
     "ReadaptReport",
     "Readapted",
+    "Refit",
     "RestructureReport",
     "Restructured",
     "Score",

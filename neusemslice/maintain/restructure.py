@@ -3,7 +3,8 @@
 Critical neurons stay, the rest is removed. The slice is closed under coupling first (a coupled
 neuron stays if any site of its group keeps it; a group that cannot lose neurons stays whole).
 torch-pruning cuts a copy; then the copy must answer as the original does with the removed neurons
-masked, or nothing is returned.
+masked, or nothing is returned. What the removed neurons did is then made up for by those that are
+left (``maintain/compensate.py``).
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 
 from neusemslice.graph import (
     Graph,
-    Group,
     Inputs,
     Reader,
     Site,
@@ -29,7 +29,11 @@ from neusemslice.graph import (
     evaluation,
     tensors_in,
 )
-from neusemslice.maintain.cost import Cost, measure, sliced_cost
+from neusemslice.maintain.compensate import Refit
+from neusemslice.maintain.compensate import compensate as fit_layers
+from neusemslice.maintain.cost import Cost, measure
+from neusemslice.maintain.cost import latency as measure_latency
+from neusemslice.maintain.targets import meet
 from neusemslice.profiling import first_inputs
 from neusemslice.slicing import SemanticSlicing, Slice
 
@@ -45,7 +49,10 @@ class RestructureReport:
         before, after: cost of the model; latency is on the first calibration batch.
         widths: per site, neurons before and after.
         kept_whole: per site that could not lose neurons, why.
-        difference: largest difference between pruned and masked, relative to the output's scale.
+        difference: largest difference between pruned and masked, before compensation, relative to
+            the output's scale.
+        refits: per layer that compensation fitted, the share of its answer's variance that it
+            missed before and after.
     """
 
     before: Cost
@@ -53,6 +60,7 @@ class RestructureReport:
     widths: dict[str, tuple[int, int]]
     kept_whole: dict[str, str]
     difference: float
+    refits: dict[str, Refit]
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,9 @@ def restructure(
     macs: float | None = None,
     params: float | None = None,
     keep: float | None = None,
+    latency: float | None = None,
+    round_to: int = 1,
+    compensate: bool = True,
 ) -> Restructured:
     """Removes the neurons outside a slice from a copy of the model.
 
@@ -82,25 +93,37 @@ def restructure(
     Args:
         model: the one that the slicing was made from; it is left as it was.
         slicing: from ``neusemslice.slice``, or the slice to keep.
-        calibration: a loader whose first batch the result is checked with; labels are not used.
+        calibration: a loader whose first batch the result is checked with, and whose samples
+            compensation goes through once for each layer; labels are not used.
         macs, params: share of the multiply-adds or of the parameters to keep at most.
         keep: share of each group's neurons to keep.
+        latency: share of the time of a forward pass over the first calibration batch to keep at
+            most, as measured on this machine while searching.
+        round_to: with a target, the number of neurons that each group keeps is a multiple of this,
+            or all of them; sizes that fit the processor's registers are faster.
+        compensate: whether the layers that are left are fitted, one after the other, to what the
+            whole model answers on the calibration samples, so that they make up for the neurons
+            that are gone. It needs neither labels nor training, and more rows (samples times
+            positions) than any layer has features.
 
     Raises:
         ValueError: for a slicing of another model, several targets, a target outside (0, 1], one
-            that cannot be met, or a target together with a ``Slice``.
+            that cannot be met, or a target together with a ``Slice``; for too few calibration
+            samples to compensate with, naming the layer.
         RuntimeError: if the pruned model does not answer as the masked one; the message names the
             first site that differs.
     """
     graph = slicing.profile.graph if isinstance(slicing, SemanticSlicing) else slicing.graph
     inputs = first_inputs(calibration, "restructure", device_of(model))
-    targets = {"macs": macs, "params": params, "keep": keep}
+    targets = {"macs": macs, "params": params, "keep": keep, "latency": latency}
     chosen = {name: value for name, value in targets.items() if value is not None}
     if len(chosen) > 1:
         raise ValueError(f"restructure: give one target, got {sorted(chosen)}")
     for name, value in chosen.items():
         if not 0 < value <= 1:
             raise ValueError(f"restructure: {name} must lie in (0, 1], got {value}")
+    if round_to < 1:
+        raise ValueError(f"restructure: round_to must be at least 1, got {round_to}")
     if isinstance(slicing, Slice):
         if chosen:
             raise ValueError(
@@ -111,10 +134,17 @@ def restructure(
         wanted = slicing.critical_slice()
     wanted.check_model(model)
     if isinstance(slicing, SemanticSlicing) and chosen:
-        wanted = _meet(model, slicing, **chosen)
+
+        def latency_left(kept: Slice) -> float:
+            # The whole model right before, because a machine's speed changes with time.
+            whole = measure_latency(model, inputs)
+            return measure_latency(prune(model, _removable(kept), inputs), inputs) / whole
+
+        wanted = meet(model, slicing, *chosen.popitem(), round_to, latency_left)
     kept = _removable(wanted)
     pruned = prune(model, kept, inputs)
     difference = check_pruned(model, pruned, kept, inputs)
+    refits = fit_layers(model, pruned, kept, calibration) if compensate else {}
     return Restructured(
         pruned,
         kept,
@@ -124,6 +154,7 @@ def restructure(
             widths={s.name: (s.neurons, int(kept.mask(s.name).sum())) for s in graph.sites},
             kept_whole={n: g.kept_whole for g in graph.groups if g.kept_whole for n in g.sites},
             difference=difference,
+            refits=refits,
         ),
     )
 
@@ -138,62 +169,6 @@ def _removable(wanted: Slice) -> Slice:
             elif not masks[name].any():
                 raise ValueError(f"restructure: no neuron of site {name} would be left")
     return Slice(wanted.graph, masks)
-
-
-def _meet(
-    model: nn.Module,
-    slicing: SemanticSlicing,
-    macs: float | None = None,
-    params: float | None = None,
-    keep: float | None = None,
-) -> Slice:
-    """The largest slice of equal shares per group that meets the target."""
-    graph = slicing.profile.graph
-    ranks = [_ranking(slicing, group) for group in graph.groups]
-
-    def keeping(share: float) -> Slice:
-        masks = {}
-        for group, rank in zip(graph.groups, ranks, strict=True):
-            count = len(rank) if group.kept_whole else max(1, math.ceil(share * len(rank)))
-            mask = torch.zeros(len(rank), dtype=torch.bool)
-            mask[rank[:count]] = True
-            for name in group.sites:
-                # Only a group that is kept whole can have sites of several sizes.
-                size = graph.site(name).neurons
-                masks[name] = mask if size == len(mask) else torch.ones(size, dtype=torch.bool)
-        return Slice(graph, masks)
-
-    if keep is not None:
-        return keeping(keep)
-
-    def cost(kept: Slice) -> int:
-        parameters, multiply_adds = sliced_cost(model, graph, kept)
-        return parameters if macs is None else multiply_adds
-
-    name, target = ("macs", macs) if macs is not None else ("params", params)
-    assert target is not None
-    allowed = target * cost(Slice.whole(graph))
-    if cost(keeping(0.0)) > allowed:
-        least = cost(keeping(0.0)) / cost(Slice.whole(graph))
-        raise ValueError(
-            f"restructure: {name}={target} cannot be met; one neuron per group leaves {least:.3f}"
-        )
-    low, high = 0.0, 1.0
-    if cost(keeping(high)) <= allowed:
-        return keeping(high)
-    # Finer than one neuron of any layer that fits in memory.
-    for _ in range(24):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(keeping(middle)) <= allowed else (low, middle)
-    return keeping(low)
-
-
-def _ranking(slicing: SemanticSlicing, group: Group) -> Tensor:
-    """A group's neurons, most important first; ties by index."""
-    scores = [slicing.importance(name) for name in group.sites]
-    size = scores[0].shape[0]
-    together = torch.stack([s for s in scores if s.shape[0] == size]).amax(0)
-    return together.sort(descending=True, stable=True).indices
 
 
 def prune(model: nn.Module, kept: Slice, inputs: Inputs) -> nn.Module:

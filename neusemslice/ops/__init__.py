@@ -20,6 +20,7 @@ from neusemslice.ops.class_stats import (  # noqa: E402
     class_stats_merge_,
 )
 from neusemslice.ops.contribution import CONTRIBUTION_STATISTICS, contribution_  # noqa: E402
+from neusemslice.ops.gram import Gram, gram_  # noqa: E402
 from neusemslice.ops.masked_optim import masked_adamw_, masked_sgd_  # noqa: E402
 from neusemslice.ops.rows import (  # noqa: E402
     rows_bias_backward,
@@ -45,6 +46,7 @@ __all__ = [
     "ClassOrder",
     "ClassStats",
     "Edges",
+    "Gram",
     "Neighbours",
     "bitset_pack",
     "bitset_similarity",
@@ -56,6 +58,7 @@ __all__ = [
     "class_stats_many_",
     "class_stats_merge_",
     "contribution_",
+    "gram_",
     "masked_adamw_",
     "masked_sgd_",
     "pairwise_similarity",

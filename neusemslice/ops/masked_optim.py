@@ -14,6 +14,7 @@ def masked_sgd_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
+    masters: Sequence[Tensor],
     steps: Sequence[Tensor],
     rows: Sequence[Tensor],
     neuron_dims: Sequence[int],
@@ -40,6 +41,9 @@ def masked_sgd_(
             rows alone. They are not changed.
         momentum_buffers: contiguous, the parameters' shapes with ``D`` replaced by ``R``; changed.
             Empty where ``momentum`` is 0.
+        masters: empty, or where all parameters are float16 or bfloat16, the tuned rows in float32,
+            shaped as the momentum; changed. The step is taken from them, and the parameter is
+            their rounding.
         steps: float32 ``[R]``, how many updates each row has had; raised. A row at 0 takes its
             gradient as its momentum. Empty where ``momentum`` is 0.
         rows: int64 ``[R]``, rising, in ``[0, D)``.
@@ -64,6 +68,7 @@ def masked_sgd_(
         params,
         grads,
         momentum_buffers,
+        masters,
         steps,
         rows,
         neuron_dims,
@@ -84,6 +89,7 @@ def masked_adamw_(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
     steps: Sequence[Tensor],
     rows: Sequence[Tensor],
     neuron_dims: Sequence[int],
@@ -93,12 +99,13 @@ def masked_adamw_(
     beta2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.01,
+    decoupled_weight_decay: bool = True,
     amsgrad: bool = False,
     maximize: bool = False,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    """One step of ``torch.optim.AdamW`` for the tuned rows of many parameters, in place.
+    """A step of ``torch.optim.AdamW`` or ``Adam`` for tuned rows of many parameters, in place.
 
     Parameters, gradients, rows, ``lr``, ``grad_scale`` and ``found_inf`` are those of
     ``masked_sgd_``, and so are the guarantees and the errors.
@@ -109,6 +116,7 @@ def masked_adamw_(
         exp_avgs: contiguous, the parameters' shapes with ``D`` replaced by ``R``; changed.
         exp_avg_sqs: likewise.
         max_exp_avg_sqs: likewise; empty without ``amsgrad``.
+        masters: see ``masked_sgd_``.
         steps: float32 ``[R]``, how many updates each row has had; raised. Bias is corrected by it,
             row for row.
         rows: see ``masked_sgd_``.
@@ -118,7 +126,9 @@ def masked_adamw_(
         beta2: likewise.
         eps: as in ``torch.optim.AdamW``.
         weight_decay: likewise.
-        amsgrad: likewise.
+        decoupled_weight_decay: without it the decay is part of the gradient, as in
+            ``torch.optim.Adam``.
+        amsgrad: as in ``torch.optim.AdamW``.
         maximize: likewise.
         grad_scale: see ``masked_sgd_``.
         found_inf: see ``masked_sgd_``.
@@ -134,6 +144,7 @@ def masked_adamw_(
         exp_avgs,
         exp_avg_sqs,
         max_exp_avg_sqs,
+        masters,
         steps,
         rows,
         neuron_dims,
@@ -142,6 +153,7 @@ def masked_adamw_(
         beta2=beta2,
         eps=eps,
         weight_decay=weight_decay,
+        decoupled_weight_decay=decoupled_weight_decay,
         amsgrad=amsgrad,
         maximize=maximize,
         grad_scale=grad_scale,
@@ -157,6 +169,7 @@ def _masked_sgd_fake(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
+    masters: Sequence[Tensor],
     steps: Sequence[Tensor],
     rows: Sequence[Tensor],
     neuron_dims: Sequence[int],
@@ -166,7 +179,7 @@ def _masked_sgd_fake(
     found_inf: Tensor | None = None,
     **options: float,
 ) -> None:
-    lists = (params, grads, momentum_buffers, steps, rows)
+    lists = (params, grads, momentum_buffers, masters, steps, rows)
     check_one_device("masked_sgd_", *lists, grad_scale, found_inf)
 
 
@@ -177,6 +190,7 @@ def _masked_adamw_fake(
     exp_avgs: Sequence[Tensor],
     exp_avg_sqs: Sequence[Tensor],
     max_exp_avg_sqs: Sequence[Tensor],
+    masters: Sequence[Tensor],
     steps: Sequence[Tensor],
     rows: Sequence[Tensor],
     neuron_dims: Sequence[int],
@@ -186,5 +200,5 @@ def _masked_adamw_fake(
     found_inf: Tensor | None = None,
     **options: float,
 ) -> None:
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, rows)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps, rows)
     check_one_device("masked_adamw_", *lists, grad_scale, found_inf)

@@ -74,6 +74,7 @@ class MaskedAdamW(MaskedOptimizer):
             call.states.get("exp_avg", []),
             call.states.get("exp_avg_sq", []),
             call.states.get("max_exp_avg_sq", []),
+            call.states.get("master", []),
             call.steps,
             call.rows,
             call.neuron_dims,

@@ -73,6 +73,7 @@ class MaskedSGD(MaskedOptimizer):
             call.params,
             call.grads,
             call.states.get("momentum_buffer", []),
+            call.states.get("master", []),
             call.steps,
             call.rows,
             call.neuron_dims,

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from neusemslice.profiling.batching import LabelsOf, batches, first_inputs
+from neusemslice.profiling.batching import LabelsOf, batches, first_inputs, unlabelled
 from neusemslice.profiling.cka import LayerSimilarity, LinearCKA, cka
 from neusemslice.profiling.deeplift import Contributions, deeplift
 from neusemslice.profiling.estimating import Estimate, estimate
@@ -31,6 +31,7 @@ __all__ = [
     "estimate",
     "first_inputs",
     "profile",
+    "unlabelled",
 ]
 
 

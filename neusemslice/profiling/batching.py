@@ -49,20 +49,32 @@ def batches(
         raise ValueError(f"{caller}: the loader yielded no batch")
 
 
+def unlabelled(loader: Iterable[Any], caller: str) -> Iterator[Inputs]:
+    """Inputs of each batch, with labels or without, on the devices where the loader has them.
+
+    Raises:
+        TypeError: if a batch has none of the known forms.
+        ValueError: if the loader yields nothing.
+    """
+    index = -1
+    for index, batch in enumerate(loader):
+        if isinstance(batch, Tensor):
+            yield Inputs((batch,))
+        elif (named := _named(batch)) is not None:
+            yield Inputs(kwargs={k: v for k, v in named.items() if k not in _LABEL_KEYS})
+        else:
+            yield take_apart(batch, f"{caller}: batch {index}", None)[0]
+    if index < 0:
+        raise ValueError(f"{caller}: the loader yielded no batch")
+
+
 def first_inputs(loader: Iterable[Any], caller: str, device: torch.device) -> Inputs:
     """Inputs of the first batch, with labels or without, on ``device``.
 
     Raises:
-        ValueError: if the loader yields nothing.
+        TypeError, ValueError: as ``unlabelled``.
     """
-    for batch in loader:
-        if isinstance(batch, Tensor):
-            return Inputs((batch,)).to(device)
-        if (named := _named(batch)) is not None:
-            unlabelled = {k: v for k, v in named.items() if k not in _LABEL_KEYS}
-            return Inputs(kwargs=unlabelled).to(device)
-        return take_apart(batch, f"{caller}: batch 0", None)[0].to(device)
-    raise ValueError(f"{caller}: the loader yielded no batch")
+    return next(unlabelled(loader, caller)).to(device)
 
 
 def label_key(named: Mapping[str, Any]) -> str | None:

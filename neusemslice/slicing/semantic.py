@@ -15,7 +15,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 from scipy.cluster import hierarchy
-from torch import Tensor
+from torch import Tensor, nn
 
 from neusemslice import _files
 from neusemslice.ops import bitset_pack, bitset_similarity
@@ -31,7 +31,9 @@ from neusemslice.slicing.explain import (
     explain_class,
     explain_neuron,
 )
+from neusemslice.slicing.merging import merged_sets
 from neusemslice.slicing.scores import Score, critical_sets, score_of, scored, shares
+from neusemslice.slicing.size import neuron_sizes
 from neusemslice.slicing.slice import Slice
 
 GROUP_CUT = 0.7
@@ -108,6 +110,35 @@ class SemanticSlicing:
         wanted = {name: c[chosen].any(0) for name, c in self.critical.items()}
         p = {name: site[chosen] for name, site in self.shares.items()}
         return Slice(self.profile.graph, within(wanted, p, per_site, whole, floor))
+
+    def merged_slice(
+        self, model: nn.Module, threshold: float | None = None, *, floor: int = 1
+    ) -> Slice:
+        """The critical sets, merged over similar classes (``class_groups``) and over all layers.
+
+        For each group the neurons of greatest share for their parameters, until θ of the group's
+        contribution over all sites is kept: far smaller than ``critical_slice`` at equal accuracy.
+        See ``neusemslice.slicing.merging``.
+
+        Args:
+            model: that the slicing was made for; its parameters are counted.
+            threshold: θ in (0, 1]; the slicing's own by default.
+            floor: at least so many neurons of each site, the heaviest, or all that it has.
+
+        Raises:
+            ValueError: for a model of another structure, θ outside (0, 1], or a negative floor.
+        """
+        theta = self.threshold if threshold is None else threshold
+        if not 0 < theta <= 1:
+            raise ValueError(f"merged_slice: threshold must lie in (0, 1], got {theta}")
+        if floor < 0:
+            raise ValueError(f"merged_slice: floor must not be negative, got {floor}")
+        graph = self.profile.graph
+        Slice.whole(graph).check_model(model)
+        merged = merged_sets(self.shares, self.class_groups, neuron_sizes(model, graph), theta)
+        for name, mask in merged.items():
+            mask[self.importance(name).sort(descending=True, stable=True).indices[:floor]] = True
+        return Slice(graph, merged)
 
     def component_slice(self, component: int) -> Slice:
         """The neurons of one semantic component."""

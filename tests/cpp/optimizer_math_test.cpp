@@ -18,6 +18,14 @@ template <typename T>
 class OptimizerMath : public ::testing::Test {
  protected:
   static constexpr double kTolerance = sizeof(T) == 8 ? 1e-15 : 1e-7;
+
+  // One step of a row that has had `updates`; the rule's state is `state`.
+  template <typename Rule>
+  static T step(const Rule& rule, double lr, double updates, double param, double grad,
+                T* state = nullptr, double scale = 1) {
+    return neusemslice::step(rule, rule.row(lr, updates), static_cast<T>(param),
+                             static_cast<T>(grad), static_cast<T>(scale), state);
+  }
 };
 
 using Types = ::testing::Types<float, double>;
@@ -25,23 +33,22 @@ TYPED_TEST_SUITE(OptimizerMath, Types);
 
 TYPED_TEST(OptimizerMath, SgdWithoutMomentum) {
   const Sgd<TypeParam> rule(0, 0, 0, false, false);
-  EXPECT_NEAR(rule.step(rule.row(0.1, 0), 2, 3, 1, nullptr), 1.7, 4 * this->kTolerance);
+  EXPECT_NEAR(this->step(rule, 0.1, 0, 2, 3), 1.7, 4 * this->kTolerance);
 }
 
 TYPED_TEST(OptimizerMath, SgdDecaysAfterTheSignIsTurned) {
   const Sgd<TypeParam> rule(0, 0, 0.5, false, true);
   // The gradient is -3 + 0.5 * 2.
-  EXPECT_NEAR(rule.step(rule.row(0.1, 0), 2, 3, 1, nullptr), 2.2, 4 * this->kTolerance);
+  EXPECT_NEAR(this->step(rule, 0.1, 0, 2, 3), 2.2, 4 * this->kTolerance);
 }
 
 TYPED_TEST(OptimizerMath, SgdFirstMomentumIsTheGradientUndamped) {
   const Sgd<TypeParam> rule(0.9, 0.5, 0, false, false);
   TypeParam buffer = 100;
-  const TypeParam param = rule.step(rule.row(0.1, 0), 2, 3, 1, &buffer);
+  const TypeParam param = this->step(rule, 0.1, 0, 2, 3, &buffer);
   EXPECT_EQ(buffer, TypeParam(3));
   EXPECT_NEAR(param, 1.7, 4 * this->kTolerance);
-  EXPECT_NEAR(rule.step(rule.row(0.1, 1), param, 1, 1, &buffer), 1.7 - 0.1 * 3.2,
-              4 * this->kTolerance);
+  EXPECT_NEAR(this->step(rule, 0.1, 1, param, 1, &buffer), 1.7 - 0.1 * 3.2, 4 * this->kTolerance);
   EXPECT_NEAR(buffer, 3.2, 4 * this->kTolerance);
 }
 
@@ -49,79 +56,72 @@ TYPED_TEST(OptimizerMath, SgdNesterovLooksAhead) {
   const Sgd<TypeParam> rule(0.9, 0, 0, true, false);
   TypeParam buffer = 2;
   // The buffer becomes 0.9 * 2 + 1, the gradient 1 + 0.9 * 2.8.
-  EXPECT_NEAR(rule.step(rule.row(0.1, 7), 2, 1, 1, &buffer), 2 - 0.352, 4 * this->kTolerance);
+  EXPECT_NEAR(this->step(rule, 0.1, 7, 2, 1, &buffer), 2 - 0.352, 4 * this->kTolerance);
   EXPECT_NEAR(buffer, 2.8, 4 * this->kTolerance);
 }
 
 TYPED_TEST(OptimizerMath, GradientIsDividedByItsScale) {
   const Sgd<TypeParam> sgd(0, 0, 0, false, false);
-  EXPECT_EQ(sgd.step(sgd.row(0.1, 0), 2, 96, 32, nullptr),
-            sgd.step(sgd.row(0.1, 0), 2, 3, 1, nullptr));
-  const Adamw<TypeParam> adamw(0.9, 0.999, 1e-8, 0.01, false);
-  TypeParam m[2] = {1, 1};
-  TypeParam v[2] = {1, 1};
-  EXPECT_EQ(adamw.step(adamw.row(0.1, 4), 2, 96, 32, m, v, nullptr),
-            adamw.step(adamw.row(0.1, 4), 2, 3, 1, m + 1, v + 1, nullptr));
-  EXPECT_EQ(m[0], m[1]);
-  EXPECT_EQ(v[0], v[1]);
+  EXPECT_EQ(this->step(sgd, 0.1, 0, 2, 96, nullptr, 32), this->step(sgd, 0.1, 0, 2, 3));
+  const Adamw<TypeParam> adamw(0.9, 0.999, 1e-8, 0.01, true, false, false);
+  TypeParam scaled[] = {1, 1};
+  TypeParam plain[] = {1, 1};
+  EXPECT_EQ(this->step(adamw, 0.1, 4, 2, 96, scaled, 32), this->step(adamw, 0.1, 4, 2, 3, plain));
+  EXPECT_EQ(scaled[0], plain[0]);
+  EXPECT_EQ(scaled[1], plain[1]);
 }
 
 TYPED_TEST(OptimizerMath, AdamwFirstStepHasTheLengthOfTheLearningRate) {
-  const Adamw<TypeParam> rule(0.9, 0.999, 0, 0, false);
+  const Adamw<TypeParam> rule(0.9, 0.999, 0, 0, true, false, false);
   for (const double grad : {1e-3, 7.0, -40.0}) {
-    TypeParam m = 0;
-    TypeParam v = 0;
-    const TypeParam param =
-        rule.step(rule.row(0.1, 0), 2, static_cast<TypeParam>(grad), 1, &m, &v, nullptr);
-    EXPECT_NEAR(param, grad > 0 ? 1.9 : 2.1, 10 * this->kTolerance);
+    TypeParam state[] = {0, 0};
+    EXPECT_NEAR(this->step(rule, 0.1, 0, 2, grad, state), grad > 0 ? 1.9 : 2.1,
+                10 * this->kTolerance);
   }
 }
 
 TYPED_TEST(OptimizerMath, AdamwFollowsItsFormulas) {
-  const Adamw<TypeParam> rule(0.8, 0.95, 1e-3, 0.02, true);
-  TypeParam param = 1.5;
-  TypeParam m = 0;
-  TypeParam v = 0;
-  double expected = 1.5;
-  double m_expected = 0;
-  double v_expected = 0;
-  for (int t = 1; t <= 20; ++t) {
-    const double grad = std::cos(t);
-    m_expected = 0.8 * m_expected - 0.2 * grad;
-    v_expected = 0.95 * v_expected + 0.05 * grad * grad;
-    const double m_hat = m_expected / (1 - std::pow(0.8, t));
-    const double v_hat = v_expected / (1 - std::pow(0.95, t));
-    expected -= 0.01 * 0.02 * expected;
-    expected -= 0.01 * m_hat / (std::sqrt(v_hat) + 1e-3);
-    param =
-        rule.step(rule.row(0.01, t - 1), param, static_cast<TypeParam>(grad), 1, &m, &v, nullptr);
-    EXPECT_NEAR(param, expected, 20 * this->kTolerance);
-    EXPECT_NEAR(m, m_expected, 20 * this->kTolerance);
-    EXPECT_NEAR(v, v_expected, 20 * this->kTolerance);
+  for (const bool decoupled : {true, false}) {
+    const Adamw<TypeParam> rule(0.8, 0.95, 1e-3, 0.02, decoupled, false, true);
+    TypeParam param = 1.5;
+    TypeParam state[] = {0, 0};
+    double expected = 1.5;
+    double m_expected = 0;
+    double v_expected = 0;
+    for (int t = 1; t <= 20; ++t) {
+      const double grad = -std::cos(t) + (decoupled ? 0 : 0.02 * expected);
+      m_expected = 0.8 * m_expected + 0.2 * grad;
+      v_expected = 0.95 * v_expected + 0.05 * grad * grad;
+      const double m_hat = m_expected / (1 - std::pow(0.8, t));
+      const double v_hat = v_expected / (1 - std::pow(0.95, t));
+      if (decoupled) expected -= 0.01 * 0.02 * expected;
+      expected -= 0.01 * m_hat / (std::sqrt(v_hat) + 1e-3);
+      param = this->step(rule, 0.01, t - 1, param, std::cos(t), state);
+      EXPECT_NEAR(param, expected, 20 * this->kTolerance);
+      EXPECT_NEAR(state[0], m_expected, 20 * this->kTolerance);
+      EXPECT_NEAR(state[1], v_expected, 20 * this->kTolerance);
+    }
   }
 }
 
 TYPED_TEST(OptimizerMath, AmsgradDividesByTheLargestSoFar) {
-  const Adamw<TypeParam> rule(0, 0, 0, 0, false);
-  TypeParam m = 0;
-  TypeParam v = 0;
-  TypeParam largest = 0;
-  rule.step(rule.row(0.1, 0), 0, 4, 1, &m, &v, &largest);
-  EXPECT_EQ(largest, TypeParam(16));
+  const Adamw<TypeParam> rule(0, 0, 0, 0, true, true, false);
+  TypeParam state[] = {0, 0, 0};
+  this->step(rule, 0.1, 0, 0, 4, state);
+  EXPECT_EQ(state[2], TypeParam(16));
   // Without the maximum the step would have the length 0.1.
-  EXPECT_NEAR(rule.step(rule.row(0.1, 1), 0, 1, 1, &m, &v, &largest), -0.025, this->kTolerance);
-  EXPECT_EQ(v, TypeParam(1));
-  EXPECT_EQ(largest, TypeParam(16));
-  rule.step(rule.row(0.1, 2), 0, std::numeric_limits<TypeParam>::quiet_NaN(), 1, &m, &v, &largest);
-  EXPECT_TRUE(std::isnan(largest));
+  EXPECT_NEAR(this->step(rule, 0.1, 1, 0, 1, state), -0.025, this->kTolerance);
+  EXPECT_EQ(state[1], TypeParam(1));
+  EXPECT_EQ(state[2], TypeParam(16));
+  this->step(rule, 0.1, 2, 0, std::numeric_limits<TypeParam>::quiet_NaN(), state);
+  EXPECT_TRUE(std::isnan(state[2]));
 }
 
 TYPED_TEST(OptimizerMath, AdamwInterpolatesFromTheNearerEnd) {
-  const Adamw<TypeParam> rule(0, 0.9, 1e-8, 0, false);
-  TypeParam m = static_cast<TypeParam>(1e10);
-  TypeParam v = 0;
-  rule.step(rule.row(0.1, 0), 0, static_cast<TypeParam>(0.3), 1, &m, &v, nullptr);
-  EXPECT_EQ(m, static_cast<TypeParam>(0.3));
+  const Adamw<TypeParam> rule(0, 0.9, 1e-8, 0, true, false, false);
+  TypeParam state[] = {static_cast<TypeParam>(1e10), 0};
+  this->step(rule, 0.1, 0, 0, 0.3, state);
+  EXPECT_EQ(state[0], static_cast<TypeParam>(0.3));
 }
 
 // Offsets of all elements in the order of the state, found through TunedRows.
@@ -212,6 +212,28 @@ TEST(TunedRows, AxesWithDifferentStridesStayApart) {
       EXPECT_EQ(all.grad[i], 12 + 4 * a + b);
     }
   }
+}
+
+TEST(TunedRows, JoinedRowsAreOneLine) {
+  const int64_t rows[] = {0, 1, 2};
+  TunedRows where;
+  where.rows = rows;
+  where.dimension = 3;
+  where.append(2, 15, 15);
+  where.append_neurons(3, 5, 5);
+  where.append(5, 1, 1);
+  where.finish();
+  const Offsets apart = offsets(where);
+  where.join_rows();
+  EXPECT_EQ(where.lines, 1);
+  EXPECT_EQ(where.width, 30);
+  EXPECT_FALSE(where.across_rows());
+  EXPECT_EQ(offsets(where).param, apart.param);
+  EXPECT_EQ(offsets(where).row, std::vector<int64_t>(30, 0));
+  TunedRows single;
+  single.append_neurons(1, 1, 1);
+  single.join_rows();
+  EXPECT_EQ(single.lines * single.width, 1);
 }
 
 TEST(TunedRows, RowsThatTheParameterDoesNotHaveAreMarked) {

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from neusemslice import ops, reference
+from neusemslice import _C, ops, reference
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 LAYOUTS = ["contiguous", "sliced", "permuted", "requires_grad"]
@@ -26,6 +26,7 @@ ADAMW = {
     "decay": {"weight_decay": 0.1, "beta1": 0.8, "beta2": 0.9, "eps": 1e-3},
     "amsgrad": {"amsgrad": True, "maximize": True},
     "slow": {"beta1": 0.3, "beta2": 0.5},
+    "coupled": {"weight_decay": 0.1, "decoupled_weight_decay": False, "maximize": True},
 }
 OPTIONS = [("sgd", name) for name in SGD] + [("adamw", name) for name in ADAMW]
 
@@ -39,6 +40,7 @@ class Problem:
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     states: list[list[Tensor]] = field(default_factory=lambda: [[], [], []])
+    masters: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
     rows: list[Tensor] = field(default_factory=list)
     dims: list[int] = field(default_factory=list)
@@ -51,7 +53,15 @@ class Problem:
         extra = ["max_exp_avg_sq"] if self.options.get("amsgrad") else []
         return ["exp_avg", "exp_avg_sq", *extra]
 
-    def add(self, param: Tensor, rows: list[int], dim: int = 0, steps: float = 0, compact=False):
+    def add(
+        self,
+        param: Tensor,
+        rows: list[int],
+        dim: int = 0,
+        steps: float = 0,
+        compact: bool = False,
+        master: bool = False,
+    ) -> "Problem":
         index = torch.tensor(rows, dtype=torch.int64, device=param.device)
         shape = list(param.shape)
         shape[dim] = len(rows)
@@ -69,6 +79,12 @@ class Problem:
         for kind in range(len(self.names)):
             state = random(shape, dtype).abs() if steps else torch.zeros(shape, dtype=dtype)
             self.states[kind].append(state.to(param.device))
+        if master:
+            # More than the parameter can hold, and the parameter its rounding, as after a step.
+            exact = param.detach().index_select(dim, index).float()
+            exact = exact * (1 + torch.rand_like(exact) * torch.finfo(param.dtype).eps / 8)
+            param.detach().index_copy_(dim, index, exact.to(param.dtype))
+            self.masters.append(exact.contiguous())
         self.rows.append(index)
         self.dims.append(dim)
         return self
@@ -80,6 +96,7 @@ class Problem:
             self.params,
             self.grads,
             *self.states[:kinds],
+            self.masters,
             self.steps,
             self.rows,
             self.dims,
@@ -106,6 +123,7 @@ class Problem:
                     self.dims[i],
                     lr=self.lr.item(),
                     grad_scale=grad_scale,
+                    master=self.masters[i].cpu() if self.masters else None,
                     **self.options,
                 )
             )
@@ -113,7 +131,7 @@ class Problem:
 
     def tensors(self) -> list[Tensor]:
         """All that a step may change."""
-        return [*self.params, *itertools.chain(*self.states), *self.steps]
+        return [*self.params, *itertools.chain(*self.states), *self.masters, *self.steps]
 
     def copies(self) -> list[Tensor]:
         return [t.detach().clone() for t in self.tensors()]
@@ -143,6 +161,13 @@ class Problem:
                 assert state.dtype == state_dtype
                 torch.testing.assert_close(
                     state.double().cpu(), wanted[name], rtol=rounding, atol=rounding
+                )
+            if self.masters:
+                tuned = wanted["param"].index_select(self.dims[i], self.rows[i].cpu())
+                master = self.masters[i].cpu()
+                torch.testing.assert_close(master.double(), tuned, rtol=rounding, atol=rounding)
+                assert torch.equal(
+                    got.index_select(self.dims[i], self.rows[i].cpu()), master.to(got.dtype)
                 )
             if self.names:
                 assert self.steps[i].tolist() == wanted["step"].tolist()
@@ -179,6 +204,46 @@ class TestValues:
         p.add(torch.randn(9, dtype=torch.float64, device=device).to(dtype), [1, 2, 7])
         p.check()
         p.check()
+
+    @pytest.mark.parametrize(("kind", "options"), OPTIONS)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_wide_lines_and_whole_parameters(self, kind, options, dtype, device):
+        p = problem(kind, options)
+        for shape, dim, rows in (
+            ((6, 83), 0, [1, 2, 5]),
+            ((3, 90), 1, [0, *range(20, 57), 60, 88]),
+            ((4, 5, 40), 1, [0, 3]),
+            ((7, 3, 5), 0, range(7)),
+            ((7, 3, 5), -1, range(5)),
+            ((70,), 0, range(70)),
+            ((5000,), 0, range(3, 4999)),
+        ):
+            for compact in (False, True):
+                param = torch.randn(shape, dtype=torch.float64, device=device).to(dtype)
+                p.add(param, list(rows), dim, steps=2, compact=compact)
+        p.check()
+
+    @pytest.mark.parametrize(("kind", "options"), OPTIONS)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_master_rows(self, kind, options, dtype, layout, device):
+        p = problem(kind, options)
+        for dim in (0, 1):
+            param = param_layouts((21, 37), dtype, device)[layout]
+            p.add(param, [0, 3, 4, 20], dim, steps=3, master=True)
+        for _ in range(3):
+            p.check()
+
+    @pytest.mark.parametrize("kind", ["sgd", "adamw"])
+    def test_a_master_gathers_what_its_parameter_rounds_away(self, kind, device):
+        p = problem(kind, {}).add(torch.ones(2, 20, device=device).bfloat16(), [1], master=True)
+        p.masters[0].fill_(1)
+        p.lr.fill_(1e-3)  # a quarter of what bfloat16 tells from 1
+        for _ in range(8):
+            p.grads[0].fill_(1)
+            p.step()
+        assert (p.params[0][1] < 1).all()
+        assert (p.params[0][0] == 1).all()
 
     @pytest.mark.parametrize(("kind", "options"), OPTIONS)
     def test_from_the_first_step_on(self, kind, options, device):
@@ -254,7 +319,8 @@ class TestValues:
         named = dict(p.options)
         if kind == "adamw":
             named["betas"] = (named.pop("beta1", 0.9), named.pop("beta2", 0.999))
-        peer = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[kind]([other], 0.05, **named)
+            named = {"decoupled_weight_decay": True, "weight_decay": 0.01, **named}
+        peer = {"sgd": torch.optim.SGD, "adamw": torch.optim.Adam}[kind]([other], 0.05, **named)
         for _ in range(20):
             other.grad = torch.randn_like(param)
             p.grads[0] = other.grad
@@ -321,6 +387,35 @@ class TestDeterminism:
                 p.step()
                 p.step()
             results.append(p.copies())
+        for other in results[1:]:
+            for a, b in zip(results[0], other, strict=True):
+                assert same_bits(a, b)
+
+    @pytest.mark.parametrize(("kind", "options"), OPTIONS)
+    def test_same_bits_on_every_instruction_set(self, kind, options, each_capability):
+        results = []
+        for name in each_capability:
+            _C.set_cpu_capability(name)
+            torch.manual_seed(2)
+            p = problem(kind, options)
+            for dtype in DTYPES:
+                for shape, dim in (((9, 75), 0), ((9, 75), 1), ((40,), 0)):
+                    param = torch.randn(shape, dtype=torch.float64).to(dtype)
+                    p.add(param, [0, 1, 3, 7, 8], dim, steps=2)
+                    p.steps and p.steps[-1][1:].fill_(5)
+                p.add(torch.randn(9, 75, dtype=torch.float64).to(dtype), list(range(9)))
+            special = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1e-7, 6e4, 3e38]
+            p.grads[0].view(-1)[:8] = torch.tensor(special)
+            for _ in range(3):
+                p.step(grad_scale=torch.full((), 3.0))
+            half = problem(kind, options)
+            for dtype in (torch.float16, torch.bfloat16):
+                values = torch.randn(9, 75, dtype=torch.float64) * 10.0 ** torch.arange(
+                    -9.0, 0
+                ).view(-1, 1)
+                half.add(values.to(dtype), [0, 3, 4, 7, 8], master=True)
+            half.step()
+            results.append([*p.copies(), *half.copies()])
         for other in results[1:]:
             for a, b in zip(results[0], other, strict=True):
                 assert same_bits(a, b)
@@ -406,6 +501,12 @@ class TestContract:
                 TypeError,
                 r"exp_avgs\[1\] must be float32, got bfloat16",
             ),
+            ({"masters": [torch.zeros(1, 3)]}, ValueError, "masters must hold 2 items.*got 1"),
+            (
+                {"masters": [torch.zeros(2, 2), torch.zeros(1, 3)]},
+                TypeError,
+                r"params\[0\] must be float16 or bfloat16 to have a master, got float32",
+            ),
             (
                 {"exp_avgs": torch.zeros(1, 6)[:, ::2]},
                 ValueError,
@@ -445,7 +546,9 @@ class TestContract:
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
     def test_refuses_and_changes_nothing(self, change, error, message, device):
-        names = "params grads exp_avgs exp_avg_sqs max_exp_avg_sqs steps rows neuron_dims lr"
+        names = (
+            "params grads exp_avgs exp_avg_sqs max_exp_avg_sqs masters steps rows neuron_dims lr"
+        )
         p = problem("adamw", {})
         p.add(torch.randn(5, 2, device=device), [1, 3]).add(torch.randn(4, 3, device=device), [2])
         arguments = dict(zip(names.split(), p.arguments, strict=True))
@@ -541,7 +644,8 @@ class TestTorch:
 
     @pytest.mark.parametrize("kind", ["sgd", "adamw"])
     def test_opcheck_without_optional_state(self, kind, device):
-        p = problem(kind, "plain").add(torch.randn(4, 3, device=device), [0, 2])
+        p = problem(kind, "plain")
+        p.add(torch.randn(4, 3, device=device).bfloat16(), [0, 2], master=True)
         scalars = {
             "grad_scale": torch.ones(1, device=device),
             "found_inf": torch.zeros(1, device=device),

@@ -120,7 +120,10 @@ class SetTile {
       col_sizes_[j] = static_cast<Count>(prepared_.col_sizes[tile.col + j]);
     }
     const int64_t steps = prepared_.steps;
-    std::fill(common_.begin(), common_.end(), Count{0});
+    // A count of 16 bits is written once; of several pieces the counts are added.
+    if (steps == 0 || !std::is_same_v<Count, uint16_t>) {
+      std::fill(common_.begin(), common_.end(), Count{0});
+    }
     for (int64_t first = 0; first < steps; first += cpu::kPieceSteps) {
       cpu::CommonJob job{prepared_.rows.data() + tile.row * steps + first,
                          steps,
@@ -212,41 +215,80 @@ class SetThreshold {
   uint16_t ratio_;
 };
 
+// The edges of one row of a tile, or with `mirrored` those to it. Pairs that reach the threshold
+// are first moved together, so that their values come from the loop of the dense result.
+template <typename Count>
+class RowEdges {
+ public:
+  RowEdges(SetMetric metric, const SetThreshold& limit) : metric_(metric), limit_(limit) {}
+
+  void add(const cpu::CommonRow<Count>& row, bool mirrored, int64_t number, const cpu::Found* found,
+           int64_t candidates, EdgeParts<float>::Edges& edges) {
+    int64_t count = 0;
+    for (int64_t f = 0; f < candidates; ++f) {
+      const int64_t j = found[f];
+      const int64_t common = row.common[j], size = row.col_sizes[j];
+      cols_[count] = found[f];
+      common_[count] = row.common[j];
+      sizes_[count] = row.col_sizes[j];
+      count += mirrored ? limit_.is_reached(common, size, row.row_size)
+                        : limit_.is_reached(common, row.row_size, size);
+    }
+    const cpu::CommonRow<Count> reached{common_, row.row_size, sizes_, count};
+    if constexpr (std::is_same_v<Count, uint16_t>) {
+      similarity_loops().set_values_16(metric_, mirrored, reached, values_);
+    } else {
+      similarity_loops().set_values_32(metric_, mirrored, reached, values_);
+    }
+    const auto own = static_cast<uint16_t>(number);
+    for (int64_t f = 0; f < count; ++f) {
+      edges.push_back({mirrored ? cols_[f] : own, mirrored ? own : cols_[f], values_[f]});
+    }
+  }
+
+ private:
+  SetMetric metric_;
+  const SetThreshold& limit_;
+  cpu::Found cols_[kTile + 1];
+  Count common_[kTile + 1];
+  Count sizes_[kTile + 1];
+  float values_[kTile + 1];
+};
+
+// Rows that are counted before their edges are looked for: the counts stay in the first cache.
+constexpr int64_t kStripe = 32;
+
 template <typename Count>
 EdgeTensors find_set_edges(const PreparedSets& prepared, double threshold) {
   const Sets& sets = prepared.sets;
   const at::TensorOptions options = sets.a.options().dtype(at::kFloat);
   EdgeParts<float> parts;
   // No similarity is above 1.
-  if (threshold > 1) return parts.sorted(sets.rows, options);
+  if (threshold > 1) return parts.sorted(options);
   const SetThreshold limit(prepared, threshold);
   const bool reflected = sets.self && !is_symmetric(sets.metric);
   visit_tiles(TileGrid(sets.rows, sets.cols, sets.self), [&] {
-    return [&, counter = SetTile<Count>(prepared)](const Tile& tile) mutable {
-      counter.count(tile);
-      EdgeParts<float>::Edges edges, reflection;
-      cpu::Found found[kTile];
-      for (int64_t i = 0; i < tile.rows; ++i) {
-        const cpu::CommonRow<Count> row = counter.row(i);
-        const int64_t count = limit.find(row, first_partner(tile, i, sets.self), found);
-        for (int64_t f = 0; f < count; ++f) {
-          const int64_t j = found[f];
-          const auto add = [&](EdgeParts<float>::Edges& to, int64_t from_row, int64_t from_col,
-                               int64_t row_size, int64_t col_size) {
-            if (!limit.is_reached(row.common[j], row_size, col_size)) return;
-            const double value = set_similarity(sets.metric, row.common[j], row_size, col_size);
-            to.push_back({static_cast<uint16_t>(from_row), static_cast<uint16_t>(from_col),
-                          static_cast<float>(value)});
-          };
-          add(edges, i, j, row.row_size, row.col_sizes[j]);
-          if (reflected) add(reflection, j, i, row.col_sizes[j], row.row_size);
+    return [&, counter = SetTile<Count>(prepared), of_row = RowEdges<Count>(sets.metric, limit),
+            edges = EdgeParts<float>::Edges(),
+            reflection = EdgeParts<float>::Edges()](const Tile& tile) mutable {
+      edges.clear();
+      reflection.clear();
+      cpu::Found found[cpu::kFound];
+      for (int64_t first = 0; first < tile.rows; first += kStripe) {
+        const int64_t rows = std::min(kStripe, tile.rows - first);
+        counter.count({tile.row + first, tile.col, rows, tile.cols});
+        for (int64_t i = 0; i < rows; ++i) {
+          const cpu::CommonRow<Count> row = counter.row(i);
+          const int64_t count = limit.find(row, first_partner(tile, first + i, sets.self), found);
+          of_row.add(row, false, first + i, found, count, edges);
+          if (reflected) of_row.add(row, true, first + i, found, count, reflection);
         }
       }
-      parts.add(tile.row, tile.col, std::move(edges));
-      parts.add(tile.col, tile.row, std::move(reflection));
+      parts.add(tile.row, tile.col, edges);
+      parts.add(tile.col, tile.row, reflection);
     };
   });
-  return parts.sorted(sets.rows, options);
+  return parts.sorted(options);
 }
 
 // Calls run(Count{}) with the type that counts fit into.

@@ -13,9 +13,11 @@ Capability widest() {
   // F16C came before AVX2 on every processor that has the latter.
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-    return __builtin_cpu_supports("avx512bitalg") ? Capability::kAvx512Bitalg : Capability::kAvx512;
+    const bool counts =
+        __builtin_cpu_supports("avx512bitalg") && __builtin_cpu_supports("avx512vbmi2");
+    return counts ? Capability::kAvx512Bitalg : Capability::kAvx512;
   }
-  if (__builtin_cpu_supports("avx2")) return Capability::kAvx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Capability::kAvx2;
 #endif
   return Capability::kPortable;
 }

@@ -8,7 +8,8 @@
 
 namespace neusemslice::cpu {
 
-// kAvx512Bitalg is kAvx512 with instructions that count the bits of bytes and of 16-bit words.
+// kAvx512Bitalg is kAvx512 with instructions that count the bits of bytes and of 16-bit words, and
+// that move chosen words together (BITALG and VBMI2, which processors have together).
 enum class Capability { kPortable, kAvx2, kAvx512, kAvx512Bitalg };
 
 // The one in use.

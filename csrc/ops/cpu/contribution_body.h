@@ -237,20 +237,6 @@ class Accumulator {
   ProductSums part_[kChunkSteps];
 };
 
-template <typename F>
-void with_element(Element element, const F& f) {
-  switch (element) {
-    case Element::kFloat64:
-      return f(double{});
-    case Element::kFloat32:
-      return f(float{});
-    case Element::kFloat16:
-      return f(Float16{});
-    case Element::kBFloat16:
-      return f(BFloat16{});
-  }
-}
-
 void accumulate(const ContributionJob& job, const Block& block) {
   with_element(job.classes.x.element, [&](auto x) {
     with_element(job.g.element,

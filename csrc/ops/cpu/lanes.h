@@ -3,7 +3,7 @@
 // There is no include guard, because the types differ from one inclusion to the next.
 //
 // Element i of a result depends on element i of the operands only, and no multiplication is fused
-// with an addition (-ffp-contract=off), so every width gives the same bits.
+// with an addition (-ffp-contract=off) but by fused(), so every width gives the same bits.
 
 #define NSS_INLINE inline __attribute__((always_inline))
 #define NSS_EACH(N, ...) unrolled<N>([&](auto i) __attribute__((always_inline)) { __VA_ARGS__; })
@@ -69,6 +69,21 @@ struct Lanes {
   NSS_INLINE Lanes operator*(const Lanes& b) const {
     Lanes a;
     NSS_EACH(kRegisters, a.r[i] = r[i] * b.r[i]);
+    return a;
+  }
+  NSS_INLINE Lanes operator/(const Lanes& b) const {
+    Lanes a;
+    NSS_EACH(kRegisters, a.r[i] = r[i] / b.r[i]);
+    return a;
+  }
+  NSS_INLINE Lanes operator-() const {
+    Lanes a;
+    NSS_EACH(kRegisters, a.r[i] = -r[i]);
+    return a;
+  }
+  NSS_INLINE Lanes operator+(V b) const {
+    Lanes a;
+    NSS_EACH(kRegisters, a.r[i] = r[i] + b);
     return a;
   }
   NSS_INLINE Lanes operator*(V b) const {
@@ -150,6 +165,78 @@ struct Lanes {
     return all == -1;
   }
 };
+
+// The functions of common/optimizer_math.h.
+
+template <typename V>
+NSS_INLINE Lanes<V> fused(const Lanes<V>& a, const Lanes<V>& b, const Lanes<V>& c) {
+  using Register [[maybe_unused]] = typename Lanes<V>::Register;
+  Lanes<V> sum;
+#if NSS_LANE_BYTES == 64
+  if constexpr (sizeof(V) == 8) {
+    NSS_EACH(
+        2, sum.r[i] = (Register)_mm512_fmadd_pd((__m512d)a.r[i], (__m512d)b.r[i], (__m512d)c.r[i]));
+  } else {
+    sum.r[0] = (Register)_mm512_fmadd_ps((__m512)a.r[0], (__m512)b.r[0], (__m512)c.r[0]);
+  }
+#elif NSS_LANE_BYTES == 32
+  if constexpr (sizeof(V) == 8) {
+    NSS_EACH(
+        4, sum.r[i] = (Register)_mm256_fmadd_pd((__m256d)a.r[i], (__m256d)b.r[i], (__m256d)c.r[i]));
+  } else {
+    NSS_EACH(2,
+             sum.r[i] = (Register)_mm256_fmadd_ps((__m256)a.r[i], (__m256)b.r[i], (__m256)c.r[i]));
+  }
+#else
+  NSS_EACH(16, constexpr int kR = i / Lanes<V>::kWidth; constexpr int kI = i % Lanes<V>::kWidth;
+           sum.r[kR][kI] = std::fma(a.r[kR][kI], b.r[kR][kI], c.r[kR][kI]));
+#endif
+  return sum;
+}
+template <typename V>
+NSS_INLINE Lanes<V> fused(V a, const Lanes<V>& b, const Lanes<V>& c) {
+  return fused(Lanes<V>::all(a), b, c);
+}
+
+template <typename V>
+NSS_INLINE Lanes<V> root(const Lanes<V>& a) {
+  using Register [[maybe_unused]] = typename Lanes<V>::Register;
+  Lanes<V> b;
+#if NSS_LANE_BYTES == 64
+  if constexpr (sizeof(V) == 8) {
+    NSS_EACH(2, b.r[i] = (Register)_mm512_sqrt_pd((__m512d)a.r[i]));
+  } else {
+    b.r[0] = (Register)_mm512_sqrt_ps((__m512)a.r[0]);
+  }
+#elif NSS_LANE_BYTES == 32
+  if constexpr (sizeof(V) == 8) {
+    NSS_EACH(4, b.r[i] = (Register)_mm256_sqrt_pd((__m256d)a.r[i]));
+  } else {
+    NSS_EACH(2, b.r[i] = (Register)_mm256_sqrt_ps((__m256)a.r[i]));
+  }
+#else
+  NSS_EACH(16, constexpr int kR = i / Lanes<V>::kWidth; constexpr int kI = i % Lanes<V>::kWidth;
+           b.r[kR][kI] = std::sqrt(a.r[kR][kI]));
+#endif
+  return b;
+}
+
+// The larger of the two; NaN if either is.
+template <typename V>
+NSS_INLINE Lanes<V> larger(const Lanes<V>& a, const Lanes<V>& b) {
+  Lanes<V> c;
+  NSS_EACH(Lanes<V>::kRegisters, c.r[i] = (a.r[i] > b.r[i]) | (a.r[i] != a.r[i]) ? a.r[i] : b.r[i]);
+  return c;
+}
+
+// a, or b where `condition` is 0.
+template <typename V>
+NSS_INLINE Lanes<V> chosen(const Lanes<V>& condition, const Lanes<V>& a, const Lanes<V>& b) {
+  Lanes<V> c;
+  NSS_EACH(Lanes<V>::kRegisters,
+           c.r[i] = condition.r[i] != typename Lanes<V>::Register{} ? a.r[i] : b.r[i]);
+  return c;
+}
 
 // How many values of each lane were positive.
 template <typename V>
@@ -252,4 +339,45 @@ NSS_INLINE Lanes<float> load_lanes(const Half* p) {
   a = Lanes<float>::load(values);
 #endif
   return a;
+}
+
+#if NSS_LANE_BYTES == 64
+NSS_INLINE void pack_words(void* p, __m512i words) {
+  _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
+}
+#elif NSS_LANE_BYTES == 32
+NSS_INLINE void pack_words(void* p, __m256i words) {
+  const __m256i packed = _mm256_packus_epi32(words, words);
+  _mm_storeu_si128(static_cast<__m128i*>(p),
+                   _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+#endif
+
+// Sixteen values to elements, as from_value() rounds them.
+NSS_INLINE void store_lanes(double* p, const Lanes<double>& a) { a.store(p); }
+NSS_INLINE void store_lanes(float* p, const Lanes<float>& a) { a.store(p); }
+template <typename Half>
+NSS_INLINE void store_lanes(Half* p, const Lanes<float>& a) {
+#if NSS_LANE_BYTES > 16
+  if constexpr (Half::kBrain) {
+    typedef uint32_t Word __attribute__((vector_size(NSS_LANE_BYTES)));
+    typedef long long Packed __attribute__((vector_size(NSS_LANE_BYTES)));
+    NSS_EACH(Lanes<float>::kRegisters, const Word raw = (Word)a.r[i];
+             const Word rounded =
+                 (Word)(a.r[i] != a.r[i]) ? raw | 0x400000u : raw + 0x7fffu + (raw >> 16 & 1u);
+             pack_words(p + i * Lanes<float>::kWidth, (Packed)(rounded >> 16)));
+  } else {
+#if NSS_LANE_BYTES == 64
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph((__m512)a.r[0], _MM_FROUND_TO_NEAREST_INT));
+#else
+    NSS_EACH(2, _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8 * i),
+                                 _mm256_cvtps_ph((__m256)a.r[i], _MM_FROUND_TO_NEAREST_INT)));
+#endif
+  }
+#else
+  float values[16];
+  a.store(values);
+  for (int i = 0; i < 16; ++i) p[i] = from_value<Half>(values[i]);
+#endif
 }

@@ -1,32 +1,42 @@
 // CPU kernels of masked_sgd_ and masked_adamw_ (contract: ops/masked_optim.h).
 //
-// Parameters one after another; the elements of one in the order of its state, a line at a time, so
-// that state is read and written front to back. What depends on a row's number of updates is found
-// once per row beforehand. All of the arguments are checked before anything is written.
+// All tensors of a call are one list of blocks, of which each thread takes a stretch, so that many
+// small tensors cost no more than a large one; within a block, elements follow the order of the
+// state, which is read and written front to back. What depends on a row's number of updates is
+// found once per row beforehand. The loops themselves are in masked_optim_body.h. All of the
+// arguments are checked before anything is written.
 
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <torch/library.h>
 
 #include <algorithm>
+#include <memory>
 #include <vector>
 
-#include "common/optimizer_math.h"
 #include "ops/checks.h"
+#include "ops/cpu/capability.h"
+#include "ops/cpu/masked_optim_job.h"
 #include "ops/masked_optim.h"
 
 namespace neusemslice::ops {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements below which another thread does not pay
+constexpr int64_t kGrain = 4;  // blocks below which another thread does not pay
 
-void check_rows(const char* op, const std::vector<TunedTensor>& tensors) {
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t size = tensors[i].dimension;
-    const int64_t* row = tensors[i].rows.const_data_ptr<int64_t>();
-    for (int64_t r = 0; r < tensors[i].rows.numel(); ++r) {
+const cpu::MaskedOptimLoops& loops() {
+#if defined(__x86_64__)
+  if (cpu::capability() >= cpu::Capability::kAvx512) return cpu::kMaskedOptimAvx512;
+  if (cpu::capability() == cpu::Capability::kAvx2) return cpu::kMaskedOptimAvx2;
+#endif
+  return cpu::kMaskedOptimPortable;
+}
+
+void check_rows(const char* op, const std::vector<TensorUpdate>& updates) {
+  for (size_t i = 0; i < updates.size(); ++i) {
+    const int64_t size = updates[i].where.dimension;
+    const int64_t* row = updates[i].where.rows;
+    for (int64_t r = 0; r < updates[i].row_count; ++r) {
       TORCH_CHECK_VALUE(row[r] >= 0 && row[r] < size, op, ": rows[", i, "] must lie in [0, ", size,
                         "), got ", row[r], " at index ", r);
       TORCH_CHECK_VALUE(r == 0 || row[r - 1] < row[r], op, ": rows[", i,
@@ -36,117 +46,90 @@ void check_rows(const char* op, const std::vector<TunedTensor>& tensors) {
   }
 }
 
-// The rows' shares of the arithmetic, with their steps raised.
+// Finds the rows' shares of a tensor, raises their steps, and says whether the shares are all the
+// same, as they are unless rows joined one after another.
 template <typename Rule>
-std::vector<typename Rule::Row> begin_rows(const Rule& rule, const TunedTensor& t, double lr) {
-  float* steps = t.step_counts();
-  std::vector<typename Rule::Row> rows(t.rows.numel());
-  for (size_t r = 0; r < rows.size(); ++r) {
-    rows[r] = rule.row(lr, steps ? steps[r] : 0);
-    if (steps) steps[r] += 1;
+bool begin_rows(const Rule& rule, double lr, const TensorUpdate& t, typename Rule::Row* shares) {
+  bool same = true;
+  float last = 0;
+  for (int64_t r = 0; r < t.row_count; ++r) {
+    const float updates = t.steps ? t.steps[r] : 0;
+    if (r > 0 && updates == last) {
+      shares[r] = shares[r - 1];
+    } else {
+      same = r == 0;
+      shares[r] = rule.row(lr, updates);
+      last = updates;
+    }
+    if (t.steps) t.steps[r] += 1;
   }
-  return rows;
+  return same;
 }
 
-// Calls body(place, element of the state) for every element.
-template <typename Body>
-void for_each_element(const TunedTensor& t, const Body& body) {
-  if (t.elements == 0) return;
-  const TunedRows& where = t.where;
-  at::parallel_for(0, where.lines, std::max<int64_t>(1, kGrain / where.width),
-                   [&](int64_t begin, int64_t end) {
-                     for (int64_t line = begin; line < end; ++line) {
-                       const TunedRows::Place start = where.line(line);
-                       for (int64_t i = 0; i < where.width; ++i) {
-                         body(where.along(start, i), line * where.width + i);
-                       }
-                     }
-                   });
-}
-
-template <typename scalar_t>
-void sgd_tensor(const TunedTensor& t, const StepScalars& scalars,
-                const Sgd<at::opmath_type<scalar_t>>& rule) {
-  using T = at::opmath_type<scalar_t>;
-  const auto rows = begin_rows(rule, t, scalars.lr());
-  const T scale = scalars.scale();
-  auto* param = t.param.mutable_data_ptr<scalar_t>();
-  const auto* grad = t.grad.const_data_ptr<scalar_t>();
-  T* buffer = t.state<T>(0);
-  for_each_element(t, [&](const TunedRows::Place& at, int64_t s) {
-    param[at.param] = static_cast<scalar_t>(rule.step(rows[at.row], static_cast<T>(param[at.param]),
-                                                      static_cast<T>(grad[at.grad]), scale,
-                                                      buffer ? buffer + s : nullptr));
-  });
-}
-
-template <typename scalar_t>
-void adamw_tensor(const TunedTensor& t, const StepScalars& scalars,
-                  const Adamw<at::opmath_type<scalar_t>>& rule) {
-  using T = at::opmath_type<scalar_t>;
-  const auto rows = begin_rows(rule, t, scalars.lr());
-  const T scale = scalars.scale();
-  auto* param = t.param.mutable_data_ptr<scalar_t>();
-  const auto* grad = t.grad.const_data_ptr<scalar_t>();
-  T* exp_avg = t.state<T>(0);
-  T* exp_avg_sq = t.state<T>(1);
-  T* max_exp_avg_sq = t.state<T>(2);
-  for_each_element(t, [&](const TunedRows::Place& at, int64_t s) {
-    param[at.param] = static_cast<scalar_t>(rule.step(
-        rows[at.row], static_cast<T>(param[at.param]), static_cast<T>(grad[at.grad]), scale,
-        exp_avg + s, exp_avg_sq + s, max_exp_avg_sq ? max_exp_avg_sq + s : nullptr));
-  });
+template <template <typename> class Rule>
+void update(cpu::UpdateJob<Rule> job, void (*loop)(const cpu::UpdateJob<Rule>&, int64_t, int64_t),
+            std::vector<TensorUpdate>& updates, double lr) {
+  int64_t rows = 0;
+  for (TensorUpdate& t : updates) {
+    t.first_row = rows;
+    rows += t.row_count;
+  }
+  // Room for rows of either width.
+  const auto room = std::make_unique_for_overwrite<typename Rule<double>::Row[]>(rows);
+  int64_t blocks = 0;
+  for (TensorUpdate& t : updates) {
+    t.row_shares = room.get() + t.first_row;
+    t.same_shares =
+        t.element == Element::kFloat64
+            ? begin_rows(job.wide, lr, t, static_cast<typename Rule<double>::Row*>(t.row_shares))
+            : begin_rows(job.narrow, lr, t, static_cast<typename Rule<float>::Row*>(t.row_shares));
+    if (t.elements > 0 && t.same_shares && t.row_count == t.where.dimension) t.where.join_rows();
+    t.first_block = blocks;
+    blocks += (t.elements + cpu::kBlockElements - 1) / cpu::kBlockElements;
+  }
+  job.tensors = updates.data();
+  job.count = static_cast<int64_t>(updates.size());
+  at::parallel_for(0, blocks, kGrain, [&](int64_t begin, int64_t end) { loop(job, begin, end); });
 }
 
 void masked_sgd_cpu(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                    at::TensorList steps, at::TensorList rows, at::IntArrayRef neuron_dims,
-                    const at::Tensor& lr, double momentum, double dampening, double weight_decay,
-                    bool nesterov, bool maximize, const std::optional<at::Tensor>& grad_scale,
+                    at::TensorList masters, at::TensorList steps, at::TensorList rows,
+                    at::IntArrayRef neuron_dims, const at::Tensor& lr, double momentum,
+                    double dampening, double weight_decay, bool nesterov, bool maximize,
+                    const std::optional<at::Tensor>& grad_scale,
                     const std::optional<at::Tensor>& found_inf) {
-  const char* op = "masked_sgd_";
-  check_sgd_options(momentum, dampening, nesterov);
-  const bool stateful = momentum != 0;
-  const std::vector<TunedTensor> tensors =
-      checked_tensors(op, params, grads, {{"momentum_buffers", momentum_buffers, stateful}}, steps,
-                      stateful, rows, neuron_dims);
-  const StepScalars scalars = checked_scalars(op, tensors, lr, grad_scale, found_inf);
-  check_rows(op, tensors);
+  const OptimizerLists lists = sgd_lists(params, grads, momentum_buffers, masters, steps, rows,
+                                         neuron_dims, momentum, dampening, nesterov);
+  OptimizerTensors tensors = checked_tensors(lists);
+  const StepScalars scalars = checked_scalars(lists, lr, grad_scale, found_inf);
+  check_rows(lists.op, tensors.updates);
   if (scalars.skipped()) return;
-
-  for (const TunedTensor& t : tensors) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, t.param.scalar_type(), "masked_sgd_", [&] {
-          sgd_tensor<scalar_t>(t, scalars, {momentum, dampening, weight_decay, nesterov, maximize});
-        });
-  }
-  bump_tensors(tensors);
+  update<Sgd>({{momentum, dampening, weight_decay, nesterov, maximize},
+               {momentum, dampening, weight_decay, nesterov, maximize},
+               scalars.scale()},
+              loops().sgd, tensors.updates, scalars.lr());
+  bump_tensors(lists);
 }
 
 void masked_adamw_cpu(at::TensorList params, at::TensorList grads, at::TensorList exp_avgs,
                       at::TensorList exp_avg_sqs, at::TensorList max_exp_avg_sqs,
-                      at::TensorList steps, at::TensorList rows, at::IntArrayRef neuron_dims,
-                      const at::Tensor& lr, double beta1, double beta2, double eps,
-                      double weight_decay, bool amsgrad, bool maximize,
-                      const std::optional<at::Tensor>& grad_scale,
+                      at::TensorList masters, at::TensorList steps, at::TensorList rows,
+                      at::IntArrayRef neuron_dims, const at::Tensor& lr, double beta1, double beta2,
+                      double eps, double weight_decay, bool decoupled_weight_decay, bool amsgrad,
+                      bool maximize, const std::optional<at::Tensor>& grad_scale,
                       const std::optional<at::Tensor>& found_inf) {
-  const char* op = "masked_adamw_";
-  check_adamw_options(beta1, beta2);
-  const std::vector<TunedTensor> tensors =
-      checked_tensors(op, params, grads,
-                      {{"exp_avgs", exp_avgs, true},
-                       {"exp_avg_sqs", exp_avg_sqs, true},
-                       {"max_exp_avg_sqs", max_exp_avg_sqs, amsgrad}},
-                      steps, true, rows, neuron_dims);
-  const StepScalars scalars = checked_scalars(op, tensors, lr, grad_scale, found_inf);
-  check_rows(op, tensors);
+  const OptimizerLists lists =
+      adamw_lists(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, masters, steps, rows,
+                  neuron_dims, beta1, beta2, amsgrad);
+  OptimizerTensors tensors = checked_tensors(lists);
+  const StepScalars scalars = checked_scalars(lists, lr, grad_scale, found_inf);
+  check_rows(lists.op, tensors.updates);
   if (scalars.skipped()) return;
-
-  for (const TunedTensor& t : tensors) {
-    AT_DISPATCH_FLOATING_TYPES_AND2(
-        at::kHalf, at::kBFloat16, t.param.scalar_type(), "masked_adamw_",
-        [&] { adamw_tensor<scalar_t>(t, scalars, {beta1, beta2, eps, weight_decay, maximize}); });
-  }
-  bump_tensors(tensors);
+  update<Adamw>({{beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize},
+                 {beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize},
+                 scalars.scale()},
+                loops().adamw, tensors.updates, scalars.lr());
+  bump_tensors(lists);
 }
 
 }  // namespace

@@ -39,8 +39,10 @@ struct CommonRow {
   int64_t cols;
 };
 
-// Which columns to look at, in ascending order; the return value is their number.
+// Which columns to look at, in ascending order; the return value is their number. A list of a row
+// has kFound places, because its end is written 32 at a time.
 using Found = uint16_t;
+constexpr int64_t kFound = kTile + 32;
 
 // Rows of `size` adjacent elements, to be made unit vectors (see UnitMap) of float64 for float64
 // elements, else of float32.

@@ -125,7 +125,7 @@ EdgeTensors pairwise_similarity_edges_cpu(const at::Tensor& a, const OptionalTen
         parts.add(tile.row, tile.col, tile_edges(tile, source.values(tile), v.self, threshold));
       };
     });
-    return parts.sorted(v.rows, prepared.a.options());
+    return parts.sorted(prepared.a.options());
   });
 }
 

@@ -143,41 +143,56 @@ class EdgeParts {
 
   // The edges of a tile, in the order of their columns for each row. Those of a tile and those of
   // its reflection are two parts.
-  void add(int64_t row, int64_t col, Edges&& edges) {
+  void add(int64_t row, int64_t col, const Edges& edges) {
     if (edges.empty()) return;
-    edges.shrink_to_fit();
+    Edges exact(edges.begin(), edges.end());
     const std::lock_guard<std::mutex> lock(mutex_);
-    count_ += static_cast<int64_t>(edges.size());
-    parts_.push_back({row, col, std::move(edges)});
+    parts_.push_back({row, col, std::move(exact)});
   }
 
-  EdgeTensors sorted(int64_t rows, const at::TensorOptions& options) {
+  EdgeTensors sorted(const at::TensorOptions& options) {
     // A part on the diagonal and its reflection have one place; the latter's columns come first.
     std::sort(parts_.begin(), parts_.end(), [](const Part& a, const Part& b) {
       if (a.row != b.row) return a.row < b.row;
       if (a.col != b.col) return a.col < b.col;
       return a.edges[0].col < a.edges[0].row && b.edges[0].col > b.edges[0].row;
     });
-    std::vector<int64_t> next(rows + 1, 0);
-    for (const Part& part : parts_) {
-      for (const auto& edge : part.edges) ++next[part.row + edge.row + 1];
+    // Where the parts of a block of rows begin, and their edges.
+    std::vector<std::pair<size_t, int64_t>> blocks;
+    int64_t count = 0;
+    for (size_t p = 0; p < parts_.size(); ++p) {
+      if (p == 0 || parts_[p].row != parts_[p - 1].row) blocks.emplace_back(p, count);
+      count += static_cast<int64_t>(parts_[p].edges.size());
     }
-    for (int64_t r = 0; r < rows; ++r) next[r + 1] += next[r];
-    at::Tensor row = at::empty({count_}, options.dtype(at::kLong));
-    at::Tensor col = at::empty({count_}, options.dtype(at::kLong));
-    at::Tensor value = at::empty({count_}, options);
+    blocks.emplace_back(parts_.size(), count);
+    at::Tensor row = at::empty({count}, options.dtype(at::kLong));
+    at::Tensor col = at::empty({count}, options.dtype(at::kLong));
+    at::Tensor value = at::empty({count}, options);
     int64_t* row_out = row.mutable_data_ptr<int64_t>();
     int64_t* col_out = col.mutable_data_ptr<int64_t>();
     value_t* value_out = value.mutable_data_ptr<value_t>();
-    for (Part& part : parts_) {
-      for (const auto& edge : part.edges) {
-        const int64_t i = next[part.row + edge.row]++;
-        row_out[i] = part.row + edge.row;
-        col_out[i] = part.col + edge.col;
-        value_out[i] = edge.value;
+    const auto write = [&](size_t block) {
+      const auto begin = parts_.begin() + static_cast<int64_t>(blocks[block].first);
+      const auto end = parts_.begin() + static_cast<int64_t>(blocks[block + 1].first);
+      int64_t next[kTile + 1] = {blocks[block].second};
+      for (auto part = begin; part != end; ++part) {
+        for (const auto& edge : part->edges) ++next[edge.row + 1];
       }
-      Edges().swap(part.edges);
-    }
+      for (int64_t r = 0; r < kTile; ++r) next[r + 1] += next[r];
+      for (auto part = begin; part != end; ++part) {
+        for (const auto& edge : part->edges) {
+          const int64_t i = next[edge.row]++;
+          row_out[i] = part->row + edge.row;
+          col_out[i] = part->col + edge.col;
+          value_out[i] = edge.value;
+        }
+        Edges().swap(part->edges);
+      }
+    };
+    at::parallel_for(0, static_cast<int64_t>(blocks.size()) - 1, 1,
+                     [&](int64_t first, int64_t last) {
+                       for (int64_t b = first; b < last; ++b) write(static_cast<size_t>(b));
+                     });
     return {row, col, value};
   }
 
@@ -190,7 +205,6 @@ class EdgeParts {
 
   std::mutex mutex_;
   std::vector<Part> parts_;
-  int64_t count_ = 0;
 };
 
 // The edges of a tile of values.
@@ -202,7 +216,7 @@ std::vector<TileEdge<value_t>> tile_edges(const Tile& tile, const TileValues<val
   if (bound < threshold) bound = std::nextafter(bound, std::numeric_limits<value_t>::infinity());
   value_t bounds[kTile];
   std::fill_n(bounds, kTile, std::numeric_limits<value_t>::quiet_NaN());
-  cpu::Found found[kTile];
+  cpu::Found found[cpu::kFound];
   std::vector<TileEdge<value_t>> edges;
   for (int64_t i = 0; i < tile.rows; ++i) {
     const value_t* values = in.values + i * kTile;
@@ -260,7 +274,7 @@ class Nearest {
     for (int64_t j = 0; j < tile.cols; ++j) {
       bounds[j] = upper ? bound(tile.col + j, tile.row) : never;
     }
-    cpu::Found found[kTile];
+    cpu::Found found[cpu::kFound];
     for (int64_t i = 0; i < tile.rows; ++i) {
       const int64_t r = tile.row + i;
       const value_t* values = in.values + i * kTile;

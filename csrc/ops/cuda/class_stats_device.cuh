@@ -188,24 +188,10 @@ class ClassStatsLaunch {
         bool any = false;
         for (int i = 0; i < sites_.count; ++i) any = any || chosen(i);
         if (!any) continue;
-        with_element(element, [&]<typename T>(T) {
-          with_selection(s, [&](auto selected) { launch_part(T{}, selected, chosen); });
+        with_element(element, [&](auto value) {
+          with_selection(s, [&](auto selected) { launch_part(value, selected, chosen); });
         });
       }
-    }
-  }
-
-  template <typename Call>
-  static void with_element(Element element, const Call& call) {
-    switch (element) {
-      case Element::kFloat64:
-        return call(double{});
-      case Element::kFloat32:
-        return call(float{});
-      case Element::kFloat16:
-        return call(Float16{});
-      case Element::kBFloat16:
-        return call(BFloat16{});
     }
   }
 

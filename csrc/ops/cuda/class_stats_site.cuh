@@ -142,9 +142,6 @@ struct Sites {
 };
 static_assert(sizeof(Sites) + sizeof(SortedBatch) <= kMaxParameterBytes);
 
-template <typename T>
-using ValueOf = decltype(to_value(T{}));
-
 __device__ inline int warp_lane() { return static_cast<int>(threadIdx.x % kWarp); }
 __device__ inline int row_lane() { return static_cast<int>(threadIdx.x / kWarp); }
 
