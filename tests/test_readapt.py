@@ -1,6 +1,7 @@
 """Re-adaptation tunes the critical rows it chose, and not a bit else."""
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
@@ -167,6 +168,25 @@ def test_drift_is_zero_on_the_old_samples():
     model, slicing = made()
     report = nss.readapt(model, slicing, BATCHES, 0.2, epochs=1, validation=None).report
     assert max(report.drift) == 0
+
+
+@pytest.mark.parametrize(("batches", "profiled"), [(1, 1), (127, 127), (128, 64), (300, 75)])
+def test_of_many_batches_some_are_profiled(batches, profiled, monkeypatch):
+    """Those spread over the whole length; all of them are trained on."""
+    readapting = import_module("neusemslice.maintain.readapt")  # the package has the function
+    model, slicing = made("lenet")
+    many = [SHIFTED[i % len(SHIFTED)] for i in range(batches)]
+    seen = []
+    real = readapting.profile
+
+    def counting(model, loader, *args, **options):
+        seen.extend(loader)
+        return real(model, seen, *args, **options)
+
+    monkeypatch.setattr(readapting, "profile", counting)
+    result = nss.readapt(model, slicing, many, 0.3, epochs=1, validation=None)
+    assert len(seen) == readapting.profiled_batches(batches) == profiled
+    assert result.report.training.steps == batches
 
 
 def test_optimizer_state_is_that_of_the_tuned_rows():
