@@ -157,6 +157,10 @@ def readapt(
 
     with _one_sentence("readapt"):
         given = remembered(run)
+        if given.optional("loss"):
+            raise ValueError(
+                f"{given.path} has a loss(); readapt trains with the cross-entropy of the labels"
+            )
         slicing = SemanticSlicing.load(run / _SLICE)
         result = fitted_to(
             given.model(),
@@ -168,6 +172,7 @@ def readapt(
             recalibrate=recalibrate,
             epochs=epochs,
             lr=lr,
+            labels=given.optional("labels"),
             checkpoint=run / "readapt-checkpoint.safetensors",
         )
         content = {

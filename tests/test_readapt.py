@@ -1,6 +1,7 @@
 """Re-adaptation tunes the critical rows it chose, and not a bit else."""
 
 import copy
+from importlib import import_module
 
 import pytest
 import torch
@@ -169,6 +170,25 @@ def test_drift_is_zero_on_the_old_samples():
     assert max(report.drift) == 0
 
 
+@pytest.mark.parametrize(("batches", "profiled"), [(1, 1), (127, 127), (128, 64), (300, 75)])
+def test_of_many_batches_some_are_profiled(batches, profiled, monkeypatch):
+    """Those spread over the whole length; all of them are trained on."""
+    readapting = import_module("neusemslice.maintain.readapt")  # the package has the function
+    model, slicing = made("lenet")
+    many = [SHIFTED[i % len(SHIFTED)] for i in range(batches)]
+    seen = []
+    real = readapting.profile
+
+    def counting(model, loader, *args, **options):
+        seen.extend(loader)
+        return real(model, seen, *args, **options)
+
+    monkeypatch.setattr(readapting, "profile", counting)
+    result = nss.readapt(model, slicing, many, 0.3, epochs=1, validation=None)
+    assert len(seen) == readapting.profiled_batches(batches) == profiled
+    assert result.report.training.steps == batches
+
+
 def test_optimizer_state_is_that_of_the_tuned_rows():
     model, slicing = made()
     result = nss.readapt(model, slicing, SHIFTED, budget=0.3, epochs=1)
@@ -228,6 +248,28 @@ class TestValidation:
         assert 8 < mixed.report.old_before.samples < 40
         assert mixed.report.training.steps == alone.report.training.steps
         assert mixed.report.training.losses != alone.report.training.losses
+
+
+def test_batches_of_another_form():
+    model, slicing = made()
+    turned = [(y, x) for x, y in SHIFTED]
+
+    class Turned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, y, x):
+            return self.model(x)
+
+    options = {"epochs": 2, "validation": 0.25}
+    plain = nss.readapt(model, slicing, SHIFTED, 0.5, **options).report
+    named = [{"x": x, "labels": y} for x, y in SHIFTED]
+    assert nss.readapt(model, slicing, named, 0.5, **options).report.new_after == plain.new_after
+    wrapped = Turned()
+    slicing = nss.slice(nss.profile(wrapped, turned, labels=lambda batch: batch[0]), threshold=0.9)
+    other = nss.readapt(wrapped, slicing, turned, 0.5, **options, labels=lambda batch: batch[0])
+    assert other.report.training.steps == plain.training.steps
 
 
 class TestRecalibration:

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import neusemslice as nss
-from neusemslice.maintain import fit
+from neusemslice.maintain import fit, score
 
 BATCHES = loader(48, shape=(12,))
 
@@ -79,6 +79,38 @@ def test_statistics_stay_when_frozen(norm):
     trained(model, BATCHES)
     for key, value in model.named_buffers():
         assert torch.equal(value, before[key]), key
+
+
+def test_a_batch_with_one_along_is_one_batch():
+    """The step is that of both put together; the shorter loader begins anew."""
+    model, other = (Mlp().double() for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    first = [(images(5, 12, seed=i).double(), torch.arange(5) % 4) for i in range(3)]
+    second = [(images(3, 12, seed=9 + i).double(), torch.tensor([0, -100, 3])) for i in range(2)]
+    pairs = zip(first, [*second, second[0]], strict=True)
+    joined = [tuple(torch.cat(part) for part in zip(*both, strict=True)) for both in pairs]
+    one = trained(model, first, along=second)
+    two = trained(other, joined)
+    assert one.steps == two.steps == 6
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, other.state_dict()[key], rtol=1e-12, atol=1e-14)
+    assert one.losses == pytest.approx(two.losses, rel=1e-6)
+
+
+def test_scores_count_labelled_samples_only():
+    model = settled(Mlp(), 12).train()
+    x, y = images(20, 12), torch.arange(20) % 5 - 1
+    y[y < 0] = -100
+    found = score(model, [(x[:13], y[:13]), (x[13:], y[13:])], "test")
+    known = y >= 0
+    with torch.no_grad():
+        logits = model(x[known]).double()
+    assert found.samples == int(known.sum()) == 16
+    assert found.accuracy == float((logits.argmax(1) == y[known]).double().mean())
+    assert found.loss == pytest.approx(float(nn.functional.cross_entropy(logits, y[known])))
+    assert model.training
+    with pytest.raises(ValueError, match="test: there is no labelled sample"):
+        score(model, [(x, torch.full_like(y, -100))], "test")
 
 
 def test_a_loss_that_is_not_finite_is_said():

@@ -40,14 +40,18 @@ class Checkpoint:
         """
         if self.path is None or not self.path.exists():
             return False
-        tensors, content = _files.read(self.path, "training", lambda *both: both)
+        tensors, subject, content = _files.read(
+            self.path,
+            "training",
+            lambda tensors, content: (tensors, dict(content["subject"]), dict(content["run"])),
+        )
         for name, mine in self.subject.items():
-            if (theirs := content["subject"].get(name)) != mine:
+            if (theirs := subject.get(name)) != mine:
                 raise ValueError(
                     f"{what}: {self.path} is the checkpoint of another run, with {name} = "
                     f"{theirs} instead of {mine}"
                 )
-        self.tensors, self.content = tensors, content["run"]
+        self.tensors, self.content = tensors, content
         return True
 
     def write(self) -> None:

@@ -1,6 +1,6 @@
-"""Holding samples of a loader out, so that the rest can be trained on.
+"""Loaders made of other loaders: some of the samples, or labels from elsewhere in the batch.
 
-A sample's own content decides, by a hash, on which side it is: the same in every pass, epoch and
+Which samples are held out, their own content decides, by a hash: the same in every pass, epoch and
 process, in whatever order a loader shuffles its samples, and alike samples are never on both sides.
 A loader that changes its samples at random has no fixed content, and cannot be divided.
 """
@@ -16,10 +16,40 @@ from torch import Tensor
 
 from neusemslice._progress import length
 from neusemslice.graph import Inputs, tensors_in
-from neusemslice.profiling import batches
+from neusemslice.profiling import LabelsOf, batches
 
 
-class Part:
+class _Derived:
+    """A loader made of another one, with as many batches."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        """Batches of the other loader.
+
+        Raises:
+            TypeError: if it does not know them.
+        """
+        count = length(self.loader)
+        if count is None:
+            raise TypeError("the loader has no length")
+        return count
+
+
+class Labelled(_Derived):
+    """The batches of a loader as ``(x, …, labels)``, with the labels that a function finds."""
+
+    def __init__(self, loader: Iterable[Any], labels: LabelsOf, caller: str) -> None:
+        super().__init__(loader)
+        self._labels, self._caller = labels, caller
+
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
+        for inputs, labels in batches(self.loader, self._caller, self._labels):
+            yield _plain(inputs, labels)
+
+
+class Part(_Derived):
     """The samples of a loader that are held out, or those that are not; nothing is kept.
 
     Its batches are those of the loader, smaller; a batch of which nothing is left is left out. If
@@ -31,7 +61,7 @@ class Part:
     """
 
     def __init__(self, loader: Iterable[Any], share: float, *, held: bool, caller: str) -> None:
-        self.loader = loader
+        super().__init__(loader)
         self._share, self._held, self._caller = share, held, caller
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
@@ -40,24 +70,12 @@ class Part:
             chosen = held_out(inputs, self._share) == self._held
             if bool(chosen.any()):
                 empty = False
-                part, y = inputs.take(chosen), labels[chosen.to(labels.device)]
-                yield (*part.args, y) if part.args else (part.kwargs, y)
+                yield _plain(inputs.take(chosen), labels[chosen.to(labels.device)])
         if empty:
             raise ValueError(
                 f"{self._caller}: validation={self._share} holds "
                 f"{'none' if self._held else 'all'} of the samples out"
             )
-
-    def __len__(self) -> int:
-        """Batches of the whole loader.
-
-        Raises:
-            TypeError: if the loader does not know them.
-        """
-        count = length(self.loader)
-        if count is None:
-            raise TypeError("the loader has no length")
-        return count
 
 
 def held_out(inputs: Inputs, share: float) -> Tensor:
@@ -71,3 +89,7 @@ def held_out(inputs: Inputs, share: float) -> Tensor:
                 digest.update(row)
     limit = int(share * 2**64)
     return torch.tensor([int.from_bytes(h.digest(), "little") < limit for h in hashes])
+
+
+def _plain(inputs: Inputs, labels: Tensor) -> tuple[Any, ...]:
+    return (*inputs.args, labels) if inputs.args else (inputs.kwargs, labels)

@@ -27,11 +27,11 @@ from neusemslice.graph import device_of
 from neusemslice.maintain.checkpointing import Checkpoint, Keeper, RandomState
 from neusemslice.maintain.delta import Delta, digest_of
 from neusemslice.maintain.drift import choose, component_drift, neuron_drift
-from neusemslice.maintain.holdout import Part
+from neusemslice.maintain.holdout import Labelled, Part
 from neusemslice.maintain.recalibration import recalibrate as recalibrate_norms
 from neusemslice.maintain.training import Score, Training, fit, score
 from neusemslice.optim import MaskedAdamW, row_gradients
-from neusemslice.profiling import profile
+from neusemslice.profiling import LabelsOf, profile
 from neusemslice.slicing import SemanticSlicing, Slice
 
 
@@ -94,6 +94,7 @@ def readapt(
     patience: int = 3,
     lr: float = 3e-3,
     weight_decay: float = 1e-2,
+    labels: LabelsOf | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Readapted:
     """Tunes the critical neurons that the new samples moved most, on a copy of the model.
@@ -114,6 +115,7 @@ def readapt(
         recalibrate: first computes the running statistics of batch norms anew from the new
             samples. They change for all neurons then, and are part of the delta.
         epochs, lr, weight_decay: of the training with ``MaskedAdamW``; ``lr`` falls to 0.
+        labels: for batches of another form; takes a batch and returns its labels.
         patience: epochs in a row that are no better after which it ends.
         checkpoint: a file that keeps the work so far, written atomically about every half minute.
             If it exists, the call continues behind it and ends with the same bits as one that was
@@ -128,6 +130,12 @@ def readapt(
     critical = slicing.critical_slice()
     critical.check_model(model)
     _check_options(critical, budget, validation, old, replay, patience)
+    random = RandomState((loader, old), device_of(model))
+    if labels is not None:
+        loader = Labelled(loader, labels, "readapt")
+        old = None if old is None else Labelled(old, labels, "readapt")
+        if not isinstance(validation, float | None):
+            validation = Labelled(validation, labels, "readapt")
     new, held = _divided(loader, validation)
     known, along = old, None
     if old is not None and replay:
@@ -148,7 +156,6 @@ def readapt(
         },
     )
     adapted = copy.deepcopy(model)
-    random = RandomState((loader, old), device_of(model))
     if not run.read("readapt"):
         _prepare(run, adapted, slicing, budget, new, held, known, recalibrate)
         run.put("now", random.get())

@@ -1,0 +1,60 @@
+"""The study of re-adaptation: it runs, goes on behind what it has done, and keeps images apart."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import cifar
+from bench.report import Column, Result, Section
+
+pytest.importorskip("peft")
+from bench import readapt
+
+needs_images = pytest.mark.skipif(cifar.missing() is not None, reason=str(cifar.missing()))
+
+
+def test_numbers_are_in_the_last_line_too():
+    columns = (Column("mean", "accuracy %", "number", in_summary=True),)
+    found = Section("c", "C", "", columns, [Result("ours", {"mean": 87.5})])
+    assert json.loads(found.summary()) == {"ours": {"mean": 87.5}}
+
+
+@pytest.mark.slow
+@needs_images
+def test_the_quick_study_compares_all_methods():
+    result = subprocess.run(
+        [sys.executable, "-m", "bench.readapt", "--quick"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    many, few = readapt.QUICK.settings
+    for method in readapt.METHODS:
+        for setting in (many, few):
+            values = found[f"{setting.name}: {method}"]
+            assert {"mean", "against_full", "vs_full"} <= values.keys()
+            assert ("lost" in values) == (setting is few)
+
+
+@needs_images
+def test_a_finished_run_is_not_repeated(tmp_path):
+    kept = tmp_path / "kept.json"
+    assert readapt.Study(readapt.QUICK, kept).once("a", lambda: 1) == 1
+    assert readapt.Study(readapt.QUICK, kept).once("a", lambda: 2) == 1
+
+
+@needs_images
+def test_no_search_trains_on_the_images_that_judge_it():
+    study = readapt.Study(readapt.QUICK, None)
+    searched = {row.numpy().tobytes() for row in study.searched.pixels}
+    held = {row.numpy().tobytes() for row in study.validation.pixels}
+    assert len(held) > 90
+    assert not searched & held
