@@ -189,7 +189,9 @@ class SetThreshold {
     const int64_t a = largest(prepared.row_sizes), b = largest(prepared.col_sizes);
     least_.resize(a + b + 1);
     for (int64_t key = 0; key <= a + b; ++key) least_[key] = least_common(metric_, key, threshold);
-    // One step below the ratio outweighs its rounding.
+    // One step below the ratio outweighs its rounding, and what is then above the product rounded
+    // down is at least the ratio's product rounded up: few pairs pass that do not reach it.
+    everything_ = threshold <= 0;
     const double steps = common_ratio(metric_, threshold) * 65536 - 1;
     ratio_ = static_cast<uint16_t>(std::clamp(std::floor(steps), 0.0, 65535.0));
   }
@@ -198,65 +200,36 @@ class SetThreshold {
     return common >= least_[size_key(metric_, row_size, col_size)];
   }
 
-  // Columns from `first` on that may reach it, from their row or, of one tensor, from themselves.
-  int64_t find(const cpu::CommonRow<uint16_t>& row, int64_t first, cpu::Found* found) const {
+  // Columns from `first` on that may reach it, from their row or, of one tensor, from themselves;
+  // each plus `base`.
+  int64_t find(const cpu::CommonRow<uint16_t>& row, int64_t first, int64_t base,
+               cpu::Found* found) const {
+    if (everything_) return all(row.cols, first, base, found);
     const bool smaller = metric_ == SetMetric::overlap || metric_ == SetMetric::containment;
-    return similarity_loops().find_common(row, smaller, ratio_, first, found);
+    return similarity_loops().find_common(row, smaller, ratio_, first, base, found);
   }
-  int64_t find(const cpu::CommonRow<uint32_t>& row, int64_t first, cpu::Found* found) const {
-    int64_t count = 0;
-    for (int64_t j = first; j < row.cols; ++j) found[count++] = static_cast<cpu::Found>(j);
-    return count;
+  int64_t find(const cpu::CommonRow<uint32_t>& row, int64_t first, int64_t base,
+               cpu::Found* found) const {
+    return all(row.cols, first, base, found);
   }
 
  private:
+  static int64_t all(int64_t cols, int64_t first, int64_t base, cpu::Found* found) {
+    for (int64_t j = first; j < cols; ++j) *found++ = static_cast<cpu::Found>(base + j);
+    return std::max<int64_t>(0, cols - first);
+  }
+
   SetMetric metric_;
   std::vector<int64_t> least_;  // by the key of the sizes
   uint16_t ratio_;
+  bool everything_;
 };
 
-// The edges of one row of a tile, or with `mirrored` those to it. Pairs that reach the threshold
-// are first moved together, so that their values come from the loop of the dense result.
-template <typename Count>
-class RowEdges {
- public:
-  RowEdges(SetMetric metric, const SetThreshold& limit) : metric_(metric), limit_(limit) {}
-
-  void add(const cpu::CommonRow<Count>& row, bool mirrored, int64_t number, const cpu::Found* found,
-           int64_t candidates, EdgeParts<float>::Edges& edges) {
-    int64_t count = 0;
-    for (int64_t f = 0; f < candidates; ++f) {
-      const int64_t j = found[f];
-      const int64_t common = row.common[j], size = row.col_sizes[j];
-      cols_[count] = found[f];
-      common_[count] = row.common[j];
-      sizes_[count] = row.col_sizes[j];
-      count += mirrored ? limit_.is_reached(common, size, row.row_size)
-                        : limit_.is_reached(common, row.row_size, size);
-    }
-    const cpu::CommonRow<Count> reached{common_, row.row_size, sizes_, count};
-    if constexpr (std::is_same_v<Count, uint16_t>) {
-      similarity_loops().set_values_16(metric_, mirrored, reached, values_);
-    } else {
-      similarity_loops().set_values_32(metric_, mirrored, reached, values_);
-    }
-    const auto own = static_cast<uint16_t>(number);
-    for (int64_t f = 0; f < count; ++f) {
-      edges.push_back({mirrored ? cols_[f] : own, mirrored ? own : cols_[f], values_[f]});
-    }
-  }
-
- private:
-  SetMetric metric_;
-  const SetThreshold& limit_;
-  cpu::Found cols_[kTile + 1];
-  Count common_[kTile + 1];
-  Count sizes_[kTile + 1];
-  float values_[kTile + 1];
-};
-
-// Rows that are counted before their edges are looked for: the counts stay in the first cache.
-constexpr int64_t kStripe = 32;
+// Rows of a tile that are counted before their edges are looked for: counts stay in the first
+// cache, and one loop goes over the candidates of all, because a loop for each row's few would end
+// where no branch predictor expects it.
+constexpr int64_t kStripe = 16;
+static_assert(kStripe * kTile <= 65536, "a pair of a stripe has a number of 16 bits");
 
 template <typename Count>
 EdgeTensors find_set_edges(const PreparedSets& prepared, double threshold) {
@@ -268,20 +241,31 @@ EdgeTensors find_set_edges(const PreparedSets& prepared, double threshold) {
   const SetThreshold limit(prepared, threshold);
   const bool reflected = sets.self && !is_symmetric(sets.metric);
   visit_tiles(TileGrid(sets.rows, sets.cols, sets.self), [&] {
-    return [&, counter = SetTile<Count>(prepared), of_row = RowEdges<Count>(sets.metric, limit),
-            edges = EdgeParts<float>::Edges(),
+    return [&, counter = SetTile<Count>(prepared), edges = EdgeParts<float>::Edges(),
             reflection = EdgeParts<float>::Edges()](const Tile& tile) mutable {
       edges.clear();
       reflection.clear();
-      cpu::Found found[cpu::kFound];
+      cpu::Found found[kStripe * kTile + cpu::kFound - kTile];
       for (int64_t first = 0; first < tile.rows; first += kStripe) {
         const int64_t rows = std::min(kStripe, tile.rows - first);
         counter.count({tile.row + first, tile.col, rows, tile.cols});
+        int64_t count = 0;
         for (int64_t i = 0; i < rows; ++i) {
+          count += limit.find(counter.row(i), first_partner(tile, first + i, sets.self), i * kTile,
+                              found + count);
+        }
+        for (int64_t f = 0; f < count; ++f) {
+          const int64_t i = found[f] / kTile, j = found[f] % kTile;
           const cpu::CommonRow<Count> row = counter.row(i);
-          const int64_t count = limit.find(row, first_partner(tile, first + i, sets.self), found);
-          of_row.add(row, false, first + i, found, count, edges);
-          if (reflected) of_row.add(row, true, first + i, found, count, reflection);
+          const auto add = [&](EdgeParts<float>::Edges& to, int64_t from_row, int64_t from_col,
+                               int64_t row_size, int64_t col_size) {
+            if (!limit.is_reached(row.common[j], row_size, col_size)) return;
+            const double value = set_similarity(sets.metric, row.common[j], row_size, col_size);
+            to.push_back({static_cast<uint16_t>(from_row), static_cast<uint16_t>(from_col),
+                          static_cast<float>(value)});
+          };
+          add(edges, first + i, j, row.row_size, row.col_sizes[j]);
+          if (reflected) add(reflection, j, first + i, row.col_sizes[j], row.row_size);
         }
       }
       parts.add(tile.row, tile.col, edges);

@@ -1,7 +1,7 @@
 // The loops of similarity_job.h. Included inside a namespace of each instruction set, after lanes.h
 // and NSS_LANE_BYTES; with NSS_BITALG where 16-bit words can be counted, and chosen ones be moved
-// together, by one instruction. All is
-// integers, comparisons and single divisions, so every instruction set gives the same bits.
+// together, by one instruction. All is integers, comparisons and single divisions, so every
+// instruction set gives the same bits.
 
 typedef uint8_t Bytes __attribute__((vector_size(NSS_LANE_BYTES)));
 typedef uint16_t Words __attribute__((vector_size(NSS_LANE_BYTES)));
@@ -176,9 +176,9 @@ NSS_INLINE uint64_t at_least_64(const V* values, V bound, const V* mirror, const
   return found;
 }
 
-// The same of 64 counts; the least count is that of find_common.
-NSS_INLINE uint64_t at_least_64(const uint16_t* counts, const uint16_t* sizes, uint16_t size,
-                                bool smaller, uint16_t ratio) {
+// The same of 64 counts that are above the bound of find_common.
+NSS_INLINE uint64_t above_64(const uint16_t* counts, const uint16_t* sizes, uint16_t size,
+                             bool smaller, uint16_t ratio) {
   uint64_t found = 0;
 #if NSS_LANE_BYTES == 64
   const __m512i own = _mm512_set1_epi16(static_cast<int16_t>(size));
@@ -186,7 +186,7 @@ NSS_INLINE uint64_t at_least_64(const uint16_t* counts, const uint16_t* sizes, u
   NSS_EACH(
       2, const __m512i other = _mm512_loadu_si512(sizes + 32 * i);
       const __m512i key = smaller ? _mm512_min_epu16(own, other) : _mm512_add_epi16(own, other);
-      const __mmask32 enough = _mm512_cmpge_epu16_mask(_mm512_loadu_si512(counts + 32 * i),
+      const __mmask32 enough = _mm512_cmpgt_epu16_mask(_mm512_loadu_si512(counts + 32 * i),
                                                        _mm512_mulhi_epu16(key, ratios));
       found |= static_cast<uint64_t>(enough) << (32 * i));
 #elif NSS_LANE_BYTES == 32
@@ -196,7 +196,9 @@ NSS_INLINE uint64_t at_least_64(const uint16_t* counts, const uint16_t* sizes, u
     const __m256i other = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(sizes + k));
     const __m256i key = smaller ? _mm256_min_epu16(own, other) : _mm256_add_epi16(own, other);
     const __m256i count = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(counts + k));
-    return _mm256_cmpeq_epi16(_mm256_max_epu16(count, _mm256_mulhi_epu16(key, ratios)), count);
+    // At least one more is above; there is no comparison of unsigned words.
+    const __m256i least = _mm256_add_epi16(_mm256_mulhi_epu16(key, ratios), _mm256_set1_epi16(1));
+    return _mm256_cmpeq_epi16(_mm256_max_epu16(count, least), count);
   };
   NSS_EACH(2, const __m256i halves = _mm256_packs_epi16(enough(32 * i), enough(32 * i + 16));
            const __m256i in_order = _mm256_permute4x64_epi64(halves, 0xd8);
@@ -206,7 +208,7 @@ NSS_INLINE uint64_t at_least_64(const uint16_t* counts, const uint16_t* sizes, u
   for (int j = 0; j < 64; ++j) {
     const uint32_t key =
         smaller ? std::min(size, sizes[j]) : static_cast<uint32_t>(size) + sizes[j];
-    found |= static_cast<uint64_t>(counts[j] >= (key * ratio >> 16)) << j;
+    found |= static_cast<uint64_t>(counts[j] > (key * ratio >> 16)) << j;
   }
 #endif
   return found;
@@ -230,38 +232,40 @@ NSS_INLINE int64_t list_bits(int64_t j, uint64_t bits, Found* found) {
 #else
 NSS_INLINE int64_t list_bits(int64_t j, uint64_t bits, Found* found) {
   int64_t count = 0;
-  for (; bits != 0; bits &= bits - 1)
+  for (; bits != 0; bits &= bits - 1) {
     found[count++] = static_cast<Found>(j + __builtin_ctzll(bits));
+  }
   return count;
 }
 #endif
 
-// The columns from `first` on that a mask of 64 names, for all columns; `mask(j)` starts at j, and
+// The columns from `first` on that a mask of 64 names, each plus `base`; `mask(j)` starts at j, and
 // may look past the last column, up to kTile.
 template <typename Mask>
-NSS_INLINE int64_t list_columns(int64_t first, int64_t cols, Found* found, const Mask& mask) {
+NSS_INLINE int64_t list_columns(int64_t first, int64_t cols, int64_t base, Found* found,
+                                const Mask& mask) {
   int64_t count = 0;
   for (int64_t j = first / 64 * 64; j < cols; j += 64) {
     uint64_t bits = mask(j);
     if (j < first) bits &= ~uint64_t{0} << (first - j);
     if (cols - j < 64) bits &= ~(~uint64_t{0} << (cols - j));
-    count += list_bits(j, bits, found + count);
+    count += list_bits(base + j, bits, found + count);
   }
   return count;
 }
 
 int64_t find_common(const CommonRow<uint16_t>& row, bool smaller, uint16_t ratio, int64_t first,
-                    Found* found) {
+                    int64_t base, Found* found) {
   const auto size = static_cast<uint16_t>(row.row_size);
-  return list_columns(first, row.cols, found, [&](int64_t j) __attribute__((always_inline)) {
-    return at_least_64(row.common + j, row.col_sizes + j, size, smaller, ratio);
+  return list_columns(first, row.cols, base, found, [&](int64_t j) __attribute__((always_inline)) {
+    return above_64(row.common + j, row.col_sizes + j, size, smaller, ratio);
   });
 }
 
 template <typename V>
 int64_t find_values(const V* values, V bound, const V* mirror, const V* bounds, int64_t first,
                     int64_t cols, Found* found) {
-  return list_columns(first, cols, found, [&](int64_t j) __attribute__((always_inline)) {
+  return list_columns(first, cols, 0, found, [&](int64_t j) __attribute__((always_inline)) {
     return at_least_64(values + j, bound, mirror + j, bounds + j);
   });
 }

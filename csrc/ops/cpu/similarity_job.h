@@ -63,10 +63,10 @@ struct SimilarityLoops {
   void (*set_values_32)(SetMetric metric, bool mirrored, const CommonRow<uint32_t>& row,
                         float* values);
 
-  // Columns from `first` on whose common size is at least key * ratio / 65536, rounded down. The
-  // key is the sum of the two sizes, or with `smaller` the smaller of them.
+  // Columns from `first` on whose common size is above key * ratio / 65536, rounded down, each plus
+  // `base`. The key is the sum of the two sizes, or with `smaller` the smaller of them.
   int64_t (*find_common)(const CommonRow<uint16_t>& row, bool smaller, uint16_t ratio,
-                         int64_t first, Found* found);
+                         int64_t first, int64_t base, Found* found);
 
   // Columns from `first` on with values[j] >= bound, or mirror[j] >= bounds[j].
   int64_t (*find_floats)(const float* values, float bound, const float* mirror, const float* bounds,
