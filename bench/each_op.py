@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.device import DEVICE, ON_GPU
 from neusemslice import ops
-from neusemslice.ops import CONTRIBUTION_STATISTICS, ClassStats
+from neusemslice.ops import CONTRIBUTION_STATISTICS, ClassStats, Gram
 
 CLASSES = 3
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -44,7 +44,14 @@ class Call:
 
 
 def calls() -> list[Call]:
-    return [*_statistics(), *_contributions(), *_similarities(), *_optimizers()]
+    return [
+        *_statistics(),
+        *_contributions(),
+        *_similarities(),
+        *_optimizers(),
+        *_grams(),
+        *_row_gradients(),
+    ]
 
 
 def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -246,9 +253,9 @@ def _optimizers() -> Iterator[Call]:
 
             def run() -> list[Tensor]:
                 if adamw:
-                    ops.masked_adamw_(params, grads, *states, [], steps, rows, dims, lr)
+                    ops.masked_adamw_(params, grads, *states, [], [], steps, rows, dims, lr)
                 else:
-                    ops.masked_sgd_(params, grads, *states, steps, rows, dims, lr, momentum=0.9)
+                    ops.masked_sgd_(params, grads, *states, [], steps, rows, dims, lr, momentum=0.9)
                 return [*params, *(t for kind in states for t in kind), *steps]
 
             return run
@@ -258,6 +265,48 @@ def _optimizers() -> Iterator[Call]:
     for dtype in DTYPES:
         yield Call(f"masked_sgd_ {dtype}", step(dtype, adamw=False))
         yield Call(f"masked_adamw_ {dtype}", step(dtype, adamw=True))
+
+
+def _grams() -> Iterator[Call]:
+    def add(x: Tensor):
+        def prepare(device: torch.device) -> Callable[[], list[Tensor]]:
+            state, rows = Gram.empty(x.shape[1], device), x.to(device)
+
+            def run() -> list[Tensor]:
+                ops.gram_(state, rows)
+                return [state.count, state.mean, state.products]
+
+            return run
+
+        return prepare
+
+    for dtype in DTYPES:
+        yield Call(f"gram_ {dtype}", add(_normal(1100, 67, dtype=dtype)))
+    yield Call("gram_ empty", add(_normal(0, 5)))
+
+
+def _row_gradients() -> Iterator[Call]:
+    def of(grad: Tensor, x: Tensor, run: Callable[[Tensor, Tensor, Tensor], Tensor]):
+        def prepare(device: torch.device) -> Callable[[], list[Tensor]]:
+            rows = torch.tensor([0, 3, 5]).to(device)
+            given = (grad.to(device), x.to(device))
+            return lambda: [run(*given, rows)]
+
+        return prepare
+
+    for dtype in DTYPES:
+        tokens = [_normal(9, 11, n, dtype=dtype, seed=n) for n in (7, 13)]
+        yield Call(f"rows_linear_backward {dtype}", of(*tokens, ops.rows_linear_backward))
+        planes = [_normal(5, n, 9, 6, dtype=dtype, seed=n) for n in (7, 4)]
+        conv = of(
+            *planes,
+            lambda grad, x, rows: ops.rows_conv_backward(
+                grad, x, rows, (3, 3), (1, 1), (1, 1), (1, 1), 1
+            ),
+        )
+        yield Call(f"rows_conv_backward {dtype}", conv)
+        bias = of(*planes, lambda grad, _, rows: ops.rows_bias_backward(grad, rows, 1))
+        yield Call(f"rows_bias_backward {dtype}", bias)
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def stages() -> list[Stage]:
         benchmark("similarity", 110),
         benchmark("contribution", 30),
         benchmark("profiler", 45),
-        benchmark("rows", 45),
+        benchmark("gram", 30),
         sanitized("synccheck", 45),
     ]
 
