@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import torch
-from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 
 import neusemslice as nss
@@ -117,6 +116,8 @@ def split_p_value(similarity: Tensor, group: Iterable[int]) -> float:
 
 def agreement(a: nss.SemanticSlicing, b: nss.SemanticSlicing) -> float:
     """Adjusted Rand index of two slicings' components."""
+    from sklearn.metrics import adjusted_rand_score
+
     first, second = (torch.cat([s.components[n] for n in a.components]) for s in (a, b))
     both = (first >= 0) & (second >= 0)
     return float(adjusted_rand_score(first[both], second[both]))
@@ -137,7 +138,7 @@ def results(
     subject: Subject, profiled: int, answers: Answers, metrics: tuple[str, ...]
 ) -> list[Result]:
     """A row for each metric that profiles are made for, and the mean of their shares."""
-    halves = [subject.profile(0, profiled, part, metrics) for part in (0, 1)]
+    halves = [subject.profile(part, profiled, metrics) for part in (0, 1)]
     rows = []
     for metric in (m for m in STABLE if m in (*metrics, "ens")):
         one, other = (nss.slice(half, metric, THRESHOLD) for half in halves)

@@ -34,8 +34,7 @@ def sliced(subject: Subject, metric: str, images: int, part: int = 0) -> nss.Sem
 @pytest.mark.slow
 def test_a_component_matters_to_its_own_classes(digits, tmp_path):
     lost = ablation(digits, sliced(digits, "taylor", 1500), Answers(tmp_path / "answers.json"))
-    assert lost.own > lost.others + 0.2
-    assert lost.own > lost.random + 0.2
+    assert lost.own > 5 * max(lost.others, lost.random, 0.01)
 
 
 @needs_mnist

@@ -338,13 +338,14 @@ class TestCost:
             gc.collect()
             return sum(type(o) is torch.Tensor for o in gc.get_objects())
 
-        before = None
-        for _ in range(3):
+        alive = []
+        for _ in range(4):
             refused = pytest.raises(ValueError, match="needs a backward pass")
             with refused, profiler.batch(VECTORS[0][1]):
                 model(VECTORS[0][0])
-            before = before or tensors()
-        assert tensors() == before
+            alive.append(tensors())
+        # What earlier tests left may still go.
+        assert alive == sorted(alive, reverse=True)
 
 
 class Exploding(torch.autograd.Function):

@@ -192,7 +192,8 @@ class TestReadapt:
         graph = trace(model, Inputs(kwargs=batch(name)))
         heads = [site.name for site in graph.sites if is_head(graph, site)]
         slicing = nss.slice(nss.profile(model, data, sites=heads))
-        result = nss.readapt(model, slicing, data, budget=0.4, epochs=1, weight_decay=0.1)
+        options = {"epochs": 1, "weight_decay": 0.1, "validation": None}
+        result = nss.readapt(model, slicing, data, budget=0.4, **options)
         assert len(result.tuned) > 0
         expected = {}
         for site in slicing.profile.graph.sites:
@@ -203,6 +204,10 @@ class TestReadapt:
                     rows = torch.arange(first, first + span.repeat)
                     expected[span.tensor] = torch.cat([own, rows])
         dims = {span.tensor: span.dim for site in graph.sites for span in site.rows}
+        # The layer that answers is tuned whole.
+        for name in graph.outputs:
+            for own_name, parameter in model.get_submodule(name).named_parameters():
+                expected[f"{name}.{own_name}"] = torch.arange(len(parameter))
         for key, value in result.model.named_parameters():
             before = model.get_parameter(key)
             changed = (value != before).movedim(dims.get(key, 0), 0)

@@ -44,7 +44,12 @@ def run_without(code: str) -> subprocess.CompletedProcess:
 
 
 def test_everything_that_a_gpu_machine_runs_is_imported():
-    benchmarks = [f"bench.{path.stem}" for path in (ROOT / "bench").glob("*.py")]
+    # Studies of training are made on other machines, against a package that must be there.
+    benchmarks = [
+        f"bench.{path.stem}"
+        for path in (ROOT / "bench").glob("*.py")
+        if path.stem not in ("readapt", "readapt_step", "tuning")
+    ]
     tests = [path.stem for path in (ROOT / "tests" / "ops").glob("test_*.py")]
     modules = ["neusemslice", *sorted(benchmarks), *sorted(tests), "test_optim", "conftest"]
     found = run_without(f"for name in {modules!r}: importlib.import_module(name)")

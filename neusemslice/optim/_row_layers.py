@@ -96,8 +96,15 @@ class ConvKind:
         return cast("Tensor", found[0])
 
     def row_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        where = (weight.shape[2:], self.stride, self.padding, self.dilation, self.groups)
-        return ops.rows_conv_backward(grad, x, rows, *where)
+        if 2 * len(rows) > weight.shape[0]:
+            # The library's whole gradient is then faster than that of most rows.
+            where = (self.stride, self.padding, self.dilation, False, [0] * len(self.stride))
+            found = torch.ops.aten.convolution_backward(
+                grad, x, weight, None, *where, self.groups, [False, True, False]
+            )
+            return cast("Tensor", found[1]).index_select(0, rows)
+        kernel = (weight.shape[2:], self.stride, self.padding, self.dilation, self.groups)
+        return ops.rows_conv_backward(grad, x, rows, *kernel)
 
 
 @dataclass(frozen=True)

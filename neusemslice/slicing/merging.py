@@ -6,9 +6,10 @@ with the largest share that it has in any of them; and one set goes over all lay
 greatest share for their parameters, until θ of the group's shares over all sites is kept. So layers
 whose neurons are many, large and alike give up theirs before those that every class goes through.
 
-Accuracy without training of ResNet-20 on CIFAR-10 (whole 88.9 %), by Taylor, where so many of the
-parameters are masked; the top of each layer for all classes together, and the union of each class's
-top, are the baselines:
+What led here, of one profile and 1,000 images: accuracy without training of ResNet-20 on CIFAR-10
+(whole 88.9 %), by Taylor, where so many of the parameters are masked; the top of each layer for all
+classes together, and the union of each class's top, are the baselines. ``bench.slicing`` compares
+what came of it with them, on other images.
 
 ==================================================  =====  =====  =====
 set                                                 15 %   25 %   35 %

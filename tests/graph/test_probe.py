@@ -66,7 +66,7 @@ def test_what_is_observed_is_what_the_neuron_does(crossed):
 def test_the_rest_of_the_model_can_still_be_maintained(crossed):
     batches = loader(48)
     slicing = nss.slice(nss.profile(crossed, batches))
-    small = nss.restructure(crossed, slicing, calibration=batches, keep=0.5)
+    small = nss.restructure(crossed, slicing, calibration=batches, keep=0.5, compensate=False)
     assert small.report.widths["plain"] == (12, 6)
     x = images(5, 1, 8, 8, seed=3)
     with small.kept.applied(crossed):
@@ -98,7 +98,7 @@ class TestSharedAndComputedWeights:
         assert [site.name for site in profile.graph.sites] == ["last"]
         assert "shares a parameter" in profile.graph.skipped["one"]
         slicing = nss.slice(profile)
-        small = nss.restructure(model, slicing, calibration=batches, keep=0.5)
+        small = nss.restructure(model, slicing, calibration=batches, keep=0.5, compensate=False)
         assert small.model.two.weight is small.model.one.weight
         before = copy.deepcopy(model.one.weight)
         fitted = nss.readapt(model, slicing, batches, budget=1.0, epochs=1)
@@ -118,7 +118,7 @@ class TestTokens:
         model = settled(Tokens(), 5, 12)
         batches = loader(24, shape=(5, 12))
         slicing = nss.slice(nss.profile(model, batches))
-        small = nss.restructure(model, slicing, calibration=batches, keep=0.5)
+        small = nss.restructure(model, slicing, calibration=batches, keep=0.5, compensate=False)
         assert small.report.widths["inner"] == (16, 8)
         assert "embed" in small.report.kept_whole or "embed" in slicing.profile.graph.skipped
 
@@ -133,7 +133,7 @@ class TestSeveralOutputs:
         model = settled(Two("none"), 1, 8, 8)
         batches = loader(48)
         slicing = nss.slice(nss.profile(model, batches))
-        small = nss.restructure(model, slicing, calibration=batches, keep=0.5)
+        small = nss.restructure(model, slicing, calibration=batches, keep=0.5, compensate=False)
         assert small.report.widths["first"] == (8, 4)
         assert small.report.widths["second"] == (8, 8)
         assert "part of the model's output" in small.report.kept_whole["second"]

@@ -11,23 +11,6 @@ constexpr int kRowBlock = 2, kTapBlock = 3;
 constexpr int kRowBlock = 1, kTapBlock = 3;
 #endif
 
-template <typename F>
-void with_elements(Element element, const F& f) {
-  switch (element) {
-    case Element::kFloat64:
-      return f(double{});
-    case Element::kFloat32:
-      return f(float{});
-    case Element::kFloat16:
-      return f(Float16{});
-    case Element::kBFloat16:
-      return f(BFloat16{});
-  }
-}
-
-template <typename S>
-using Value = decltype(to_value(S{}));
-
 template <typename S>
 void pack_grad_of(const PackGradJob& job, int64_t first_sample, int64_t last_sample) {
   const ConvRowsLayout& at = *job.layout;
@@ -36,12 +19,12 @@ void pack_grad_of(const PackGradJob& job, int64_t first_sample, int64_t last_sam
     for (int64_t r = 0; r < job.row_count; ++r) {
       const S* from = static_cast<const S*>(job.grad) + n * job.sample_stride +
                       job.rows[r] * job.channel_stride;
-      Value<S>* to = static_cast<Value<S>*>(job.packed) + (n * job.row_count + r) * at.line;
-      std::fill_n(to, at.line, Value<S>{});
+      ValueOf<S>* to = static_cast<ValueOf<S>*>(job.packed) + (n * job.row_count + r) * at.line;
+      std::fill_n(to, at.line, ValueOf<S>{});
       for (int64_t z = 0; z < depth; ++z) {
         for (int64_t y = 0; y < height; ++y) {
           const S* line = from + z * job.strides[0] + y * job.strides[1];
-          Value<S>* packed = to + (z * at.extent[1] + y) * at.extent[2];
+          ValueOf<S>* packed = to + (z * at.extent[1] + y) * at.extent[2];
           for (int64_t i = 0; i < width; ++i) packed[i] = to_value(line[i * job.strides[2]]);
         }
       }
@@ -61,8 +44,8 @@ struct Inside {
 };
 
 template <typename S>
-void copy_values(const S* from, int64_t count, Value<S>* to) {
-  if constexpr (std::is_same_v<S, Value<S>>) {
+void copy_values(const S* from, int64_t count, ValueOf<S>* to) {
+  if constexpr (std::is_same_v<S, ValueOf<S>>) {
     std::copy_n(from, count, to);
   } else {
     for (int64_t i = 0; i < count; ++i) to[i] = to_value(from[i]);
@@ -71,7 +54,7 @@ void copy_values(const S* from, int64_t count, Value<S>* to) {
 
 // One channel of one sample; places outside the input are left as they are, zero.
 template <typename S>
-void pack_planes(const ConvRowsLayout& at, const S* x, Value<S>* planes) {
+void pack_planes(const ConvRowsLayout& at, const S* x, ValueOf<S>* planes) {
   for (const Sizes3& phase : at.phases) {
     const Inside depth(at, phase, 0), height(at, phase, 1), width(at, phase, 2);
     const auto place = [&](int d, int64_t i) {
@@ -80,7 +63,7 @@ void pack_planes(const ConvRowsLayout& at, const S* x, Value<S>* planes) {
     for (int64_t z = depth.first; z < depth.last; ++z) {
       for (int64_t y = height.first; y < height.last; ++y) {
         const S* line = x + (place(0, z) * at.input[1] + place(1, y)) * at.input[2];
-        Value<S>* packed = planes + (z * at.extent[1] + y) * at.extent[2];
+        ValueOf<S>* packed = planes + (z * at.extent[1] + y) * at.extent[2];
         if (at.stride[2] == 1) {
           copy_values(line + place(2, width.first), width.last - width.first, packed + width.first);
         } else {
@@ -161,7 +144,7 @@ V* aligned(std::vector<V>& storage) {
 
 template <typename S>
 void conv_rows_of(const ConvRowsJob& job, const ConvRowsPart& part) {
-  using V = Value<S>;
+  using V = ValueOf<S>;
   const ConvRowsLayout& at = *job.layout;
   const int64_t taps = static_cast<int64_t>(at.offsets.size());
   const int64_t rows = part.last_row - part.first_row;
@@ -213,7 +196,7 @@ void conv_rows_of(const ConvRowsJob& job, const ConvRowsPart& part) {
 
 template <typename S>
 void row_sums_of(const RowSumsJob& job, int64_t first_row, int64_t last_row) {
-  using V = Value<S>;
+  using V = ValueOf<S>;
   std::vector<V> sums((last_row - first_row) * 16);
   for (int64_t n = 0; n < job.outer; ++n) {
     const S* sample = static_cast<const S*>(job.grad) + n * job.neurons * job.inner;
@@ -236,14 +219,14 @@ void row_sums_of(const RowSumsJob& job, int64_t first_row, int64_t last_row) {
 }
 
 void pack_grad(const PackGradJob& job, int64_t first_sample, int64_t last_sample) {
-  with_elements(job.element,
-                [&](auto e) { pack_grad_of<decltype(e)>(job, first_sample, last_sample); });
+  with_element(job.element,
+               [&](auto e) { pack_grad_of<decltype(e)>(job, first_sample, last_sample); });
 }
 
 void conv_rows(const ConvRowsJob& job, const ConvRowsPart& part) {
-  with_elements(job.element, [&](auto e) { conv_rows_of<decltype(e)>(job, part); });
+  with_element(job.element, [&](auto e) { conv_rows_of<decltype(e)>(job, part); });
 }
 
 void row_sums(const RowSumsJob& job, int64_t first_row, int64_t last_row) {
-  with_elements(job.element, [&](auto e) { row_sums_of<decltype(e)>(job, first_row, last_row); });
+  with_element(job.element, [&](auto e) { row_sums_of<decltype(e)>(job, first_row, last_row); });
 }

@@ -33,21 +33,6 @@ struct BatchInput {
   int64_t classes;
 };
 
-// Calls call(T{}) for the type of an element.
-template <typename Call>
-void with_element(Element element, const Call& call) {
-  switch (element) {
-    case Element::kFloat64:
-      return call(double{});
-    case Element::kFloat32:
-      return call(float{});
-    case Element::kFloat16:
-      return call(Float16{});
-    case Element::kBFloat16:
-      return call(BFloat16{});
-  }
-}
-
 class SitesLaunch {
  protected:
   template <typename Workspace>
