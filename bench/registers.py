@@ -10,6 +10,7 @@ object: kernels, and the most registers and bytes of spills that one of them has
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -55,7 +56,7 @@ def usages(log: str, architecture: str) -> list[Usage]:
     """
     found = []
     entries = list(_ENTRY.finditer(log))
-    for entry, following in zip(entries, [*entries[1:], None], strict=True):
+    for entry, following in itertools.zip_longest(entries, entries[1:]):
         if entry[2] != architecture:
             continue
         text = log[entry.end() : following.start() if following else len(log)]

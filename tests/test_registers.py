@@ -57,3 +57,7 @@ def test_a_builds_log_is_read_source_by_source():
 def test_without_logs_it_says_what_to_build(tmp_path, capsys):
     assert registers.main([str(tmp_path)]) == 1
     assert "build the target cuda_check first" in capsys.readouterr().out
+
+
+def test_a_log_without_kernels():
+    assert registers.usages("ptxas info    : 0 bytes gmem\n", "sm_90") == []
