@@ -304,7 +304,7 @@ def main() -> None:
     metrics = ("taylor",) if quick else (*METRICS, "ens")
     collected = ("avg", "taylor") if quick else METRICS
     parts, profiled = (1, 500) if quick else (PARTS, PROFILED)
-    answers = Answers(cifar.CACHE / "slicing-answers.json")
+    answers = Answers(cifar.CACHE / f"slicing-answers{'-quick' * quick}.json")
     note = (
         f"{TESTED:,} test images; {PARTS} profiles of {PROFILED:,} training images each, none of "
         "them in two. “of global's”: "
