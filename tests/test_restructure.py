@@ -14,7 +14,7 @@ from neusemslice import Slice
 from neusemslice.maintain import measure, parameter_count
 from neusemslice.maintain import restructure as restructure_function
 from neusemslice.maintain.cost import sliced_cost
-from neusemslice.maintain.restructure import TOLERANCE, check_pruned, prune
+from neusemslice.maintain.cutting import TOLERANCE, check_pruned, prune
 
 BATCHES = loader()
 cut = functools.partial(nss.restructure, compensate=False)
