@@ -1,16 +1,18 @@
 """From a slice to a restructured, re-adapted or extended model."""
 
 from neusemslice.maintain.compensate import Refit
+from neusemslice.maintain.consolidate import Consolidation
 from neusemslice.maintain.cost import Cost, latency, measure, parameter_count
 from neusemslice.maintain.delta import Delta
 from neusemslice.maintain.extend import Extended, ExtendReport, extend
 from neusemslice.maintain.readapt import Readapted, ReadaptReport, readapt
 from neusemslice.maintain.recalibration import recalibrate
 from neusemslice.maintain.restructure import Restructured, RestructureReport, restructure
-from neusemslice.maintain.tasks import Task, TaskModel
+from neusemslice.maintain.tasks import Task, TaskSet
 from neusemslice.maintain.training import Score, Training, fit, score
 
 __all__ = [
+    "Consolidation",
     "Cost",
     "Delta",
     "ExtendReport",
@@ -22,7 +24,7 @@ __all__ = [
     "Restructured",
     "Score",
     "Task",
-    "TaskModel",
+    "TaskSet",
     "Training",
     "extend",
     "fit",
