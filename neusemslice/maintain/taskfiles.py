@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from neusemslice import _files
-from neusemslice.graph import Graph, Inputs, device_of
+from neusemslice.graph import Graph, Inputs, device_of, fingerprint
 from neusemslice.maintain.cutting import check_pruned, prune
 from neusemslice.maintain.grow import put
 from neusemslice.maintain.tasks import Task, TaskSet
@@ -127,8 +128,8 @@ def load_tasks(folder: str | os.PathLike[str], model: nn.Module) -> TaskSet:
 def export_task(tasks: TaskSet, name: str, inputs: Inputs) -> nn.Module:
     """One task as a small model of its own, of plain modules.
 
-    Neurons outside the task's slice are cut out; where they cannot be, nobody reads them. The model
-    gives the task's logits within 1e-5 of their scale: other shapes are computed in another order.
+    Neurons outside the task's slice are cut out. The model gives the task's logits within 1e-5 of
+    their scale: other shapes are computed in another order.
 
     Args:
         inputs: samples to check that with.
@@ -145,8 +146,11 @@ def export_task(tasks: TaskSet, name: str, inputs: Inputs) -> nn.Module:
         head: Any = alone.get_submodule(tasks.head)
         for own, tensor in list(head.named_parameters()):
             put(head, own, tensor.detach()[: len(task.classes)].clone())
-    small = prune(alone, task.slice, inputs)
-    check_pruned(alone, small, task.slice, inputs)
+    # The head may have another number of outputs than the backbone's, which the graph speaks of.
+    graph = replace(tasks.graph, fingerprint=fingerprint(alone))
+    kept = Slice(graph, task.slice.masks())
+    small = prune(alone, kept, inputs)
+    check_pruned(alone, small, kept, inputs)
     return small
 
 
