@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from neusemslice.graph import Graph, Inputs, device_of, evaluation, trace
+from neusemslice.graph import Graph, Inputs, called_layers, device_of, evaluation
 from neusemslice.slicing import Slice
 
 
@@ -39,7 +39,7 @@ def measure(model: nn.Module, inputs: Inputs) -> Cost:
     """Counts parameters and multiply-adds and measures latency on ``inputs``."""
     return Cost(
         parameter_count(model),
-        sum(layer.macs for layer in trace(model, inputs.head(2)).layers),
+        sum(layer.macs for layer in called_layers(model, inputs.head(2))),
         latency(model, inputs),
     )
 
