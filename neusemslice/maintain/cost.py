@@ -78,10 +78,10 @@ def sliced_cost(model: nn.Module, graph: Graph, kept: Slice) -> tuple[int, int]:
             removed[span.tensor, span.dim] += gone * span.repeat
     sizes = {
         name: math.prod(size - removed[name, dim] for dim, size in enumerate(parameter.shape))
-        for name, parameter in model.named_parameters()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
     }
     macs = 0
     for layer in graph.layers:
         weight = f"{layer.name}.weight"
         macs += layer.macs * sizes[weight] // max(1, model.get_parameter(weight).numel())
-    return sum(sizes.values()), macs
+    return sum(sizes[name] for name, _ in model.named_parameters()), macs
