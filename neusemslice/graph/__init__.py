@@ -1,6 +1,7 @@
 """Which parameters belong to a neuron, where it is observed, and what it is coupled to."""
 
 from neusemslice.graph.cut import cut
+from neusemslice.graph.experts import choosing_among, shares
 from neusemslice.graph.fit import misfit
 from neusemslice.graph.layers import dim_of as layer_dim
 from neusemslice.graph.layers import is_transposed_linear, weight_dims
@@ -30,6 +31,7 @@ __all__ = [
     "Site",
     "Span",
     "called_layers",
+    "choosing_among",
     "cut",
     "device_of",
     "evaluation",
@@ -41,6 +43,7 @@ __all__ = [
     "logits_of",
     "misfit",
     "reset_compiler",
+    "shares",
     "smallest",
     "tensors_in",
     "trace",

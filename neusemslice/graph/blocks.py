@@ -39,6 +39,7 @@ from neusemslice.graph.attention import (
     with_heads,
 )
 from neusemslice.graph.cut import cut
+from neusemslice.graph.experts import are_experts, with_experts
 from neusemslice.graph.layers import (
     Call,
     Run,
@@ -114,21 +115,23 @@ def structure(model: nn.Module, inputs: Inputs) -> Graph:
     bare = _with_tensors(model, lambda tensor: tensor.to("meta"))
     with torch.inference_mode(False), torch.enable_grad(), uncompiled():
         with _without_values(bare, inputs) as (skeleton, shapes):
-            graph = _graph(model, skeleton, run_layers(skeleton, shapes), inputs.samples)
+            run = run_layers(skeleton, shapes)
+            graph = _graph(model, skeleton, run, inputs.samples)
 
         def problem(groups: Collection[int]) -> str:
             """Why the groups together cannot lose every other neuron; empty if they can."""
             sites = [site for site in graph.sites if site.group in groups]
             small = cut(bare, graph, {s.name: next(halves(s.neurons)) for s in sites})
             try:
-                with _silent_trial(), _without_values(small, inputs) as (skeleton, shapes):
-                    shapes.run(skeleton)
+                with _silent_trial(), _without_values(small, inputs) as (trial, shapes):
+                    shapes.run(trial)
             except Exception as error:
                 # As in removal.py, a model that cannot run so may raise anything.
                 return does_not_run(error)
             return ""
 
-        return with_problems(graph, problem)
+        names = {module: name for name, module in skeleton.named_modules()}
+        return with_experts(with_problems(graph, problem), names, run.experts, inputs.samples)
 
 
 def _with_tensors(model: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -176,7 +179,7 @@ def _experts_passed(model: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         for module in model.modules():
-            if type(module).__name__.endswith("Experts"):
+            if are_experts(module):
                 stack.callback(module.__dict__.pop, "forward", None)
                 module.__dict__["forward"] = forward
         yield

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
+from neusemslice.graph.experts import Routing, watch
 from neusemslice.graph.model import Inputs, logits_of, tensors_in
 from neusemslice.graph.sites import Layer, Span
 
@@ -58,12 +59,14 @@ class Run:
         norms: of the norms that mix neurons.
         answer: the shape of the logits.
         roots: the autograd nodes of all tensors of the output.
+        experts: of the modules of fused experts.
     """
 
     calls: dict[nn.Module, Call]
     norms: dict[nn.Module, Call]
     answer: torch.Size
     roots: list[Any]
+    experts: dict[nn.Module, Routing]
 
 
 def run_layers(model: nn.Module, inputs: Inputs) -> Run:
@@ -102,6 +105,8 @@ def run_layers(model: nn.Module, inputs: Inputs) -> Run:
         m.register_forward_hook(note, with_kwargs=True) for m in model.modules() if is_layer(m)
     ]
     handles += [m.register_forward_hook(note_norm) for m in model.modules() if mixes_neurons(m)]
+    experts = watch(model, calls)
+    handles += experts.handles
     try:
         output = inputs.run(model)
         answer = logits_of(output).shape
@@ -116,7 +121,8 @@ def run_layers(model: nn.Module, inputs: Inputs) -> Run:
             call.problem = "has a parametrized weight"
         elif any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
             call.problem = "shares a parameter with another module"
-    return Run(calls, norms, answer, [tensor.grad_fn for tensor in tensors_in(output)])
+    roots = [tensor.grad_fn for tensor in tensors_in(output)]
+    return Run(calls, norms, answer, roots, experts.found)
 
 
 def argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -17,6 +17,7 @@ from neusemslice.graph.attention import find_attentions, find_heads, with_heads
 from neusemslice.graph.blocks import structure
 from neusemslice.graph.coupling import with_traced
 from neusemslice.graph.dependencies import dependencies
+from neusemslice.graph.experts import with_experts
 from neusemslice.graph.layers import Call, as_layers, run_layers, weights_without_layer
 from neusemslice.graph.model import Inputs, device_of, evaluation, fingerprint, uncompiled
 from neusemslice.graph.norms import with_norms
@@ -80,6 +81,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
             graph = with_traced(graph, names, calls, found, probe)
         graph = with_heads(graph, heads, find_parts(heads, probe), names, calls)
         graph = tried_out(with_norms(graph, model, names, run, probe), probe)
+        graph = with_experts(graph, names, run.experts, inputs.samples)
     return _with_sites(graph, model)
 
 
