@@ -18,7 +18,7 @@ from neusemslice.graph.model import (
 )
 from neusemslice.graph.sharding import is_sharded, smallest
 from neusemslice.graph.sites import Count, Graph, Group, Layer, Norm, Reader, Site, Span
-from neusemslice.graph.trace import called_layers, trace
+from neusemslice.graph.trace import multiply_adds, trace
 
 __all__ = [
     "Count",
@@ -30,7 +30,6 @@ __all__ = [
     "Reader",
     "Site",
     "Span",
-    "called_layers",
     "choosing_among",
     "cut",
     "device_of",
@@ -42,6 +41,7 @@ __all__ = [
     "layer_dim",
     "logits_of",
     "misfit",
+    "multiply_adds",
     "reset_compiler",
     "shares",
     "smallest",

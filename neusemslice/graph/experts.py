@@ -32,12 +32,14 @@ class Routing:
     Attributes:
         order: how many layers had been called before.
         rows: tokens that they saw.
+        each: how many experts each token has.
         router: the module that chose, if it is one.
         count: how often they were called.
     """
 
     order: int
     rows: int
+    each: int
     router: nn.Module | None
     count: int = 0
 
@@ -68,7 +70,8 @@ def watch(model: nn.Module, calls: Collection[Any]) -> Watch:
         index, weights = _choice(args, kwargs)
         routers = {m for t, m in made if t is weights} & {m for t, m in made if t is index}
         router = next(iter(routers), None)
-        routing = Routing(len(calls), index.shape[0], router)
+        tokens, each = index.shape
+        routing = Routing(len(calls), tokens, each, router)
         result.found.setdefault(experts, routing).count += 1
 
     experts = [module for module in model.modules() if are_experts(module)]
@@ -90,6 +93,16 @@ def are_experts(module: nn.Module) -> bool:
         type(module).__name__.endswith("Experts")
         and bool(own)
         and all(parameter.shape[:1] == (number,) for parameter in own)
+    )
+
+
+def expert_macs(found: Mapping[nn.Module, Routing], samples: int) -> int:
+    """Multiply-adds of one sample in fused experts: as many, however few experts there are."""
+    return sum(
+        routing.rows * routing.each * parameter[0].numel() // samples
+        for experts, routing in found.items()
+        for parameter in experts.parameters(recurse=False)
+        if parameter.ndim == 3
     )
 
 
@@ -137,7 +150,13 @@ def with_experts(
         groups.append(Group((name,), least=chosen))
         skipped.pop(name, None)
     sites.sort(key=lambda site: place[site.readers[0].module])
-    return replace(graph, sites=tuple(sites), groups=tuple(groups), skipped=skipped)
+    return replace(
+        graph,
+        sites=tuple(sites),
+        groups=tuple(groups),
+        skipped=skipped,
+        expert_macs=expert_macs(found, samples),
+    )
 
 
 def shares(

@@ -168,6 +168,8 @@ class Graph:
         outputs: modules whose neurons are the model's answer.
         norms: those that mix the neurons of sites, in the order of their calls.
         skipped: modules that are not observed, and why.
+        expert_macs: multiply-adds of one sample in fused experts. Each token has as many experts,
+            however many there are to choose from.
     """
 
     fingerprint: str
@@ -178,6 +180,7 @@ class Graph:
     outputs: tuple[str, ...]
     skipped: Mapping[str, str]
     norms: tuple[Norm, ...] = ()
+    expert_macs: int = 0
 
     def site(self, name: str) -> Site:
         """The site of that name.
@@ -242,4 +245,5 @@ class Graph:
             outputs=tuple(raw["outputs"]),
             skipped=dict(raw["skipped"]),
             norms=tuple(Norm(**norm) for norm in raw["norms"]),
+            expert_macs=int(raw["expert_macs"]),
         )

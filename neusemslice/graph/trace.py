@@ -17,14 +17,14 @@ from neusemslice.graph.attention import find_attentions, find_heads, with_heads
 from neusemslice.graph.blocks import structure
 from neusemslice.graph.coupling import with_traced
 from neusemslice.graph.dependencies import dependencies
-from neusemslice.graph.experts import with_experts
+from neusemslice.graph.experts import expert_macs, with_experts
 from neusemslice.graph.layers import Call, as_layers, run_layers, weights_without_layer
 from neusemslice.graph.model import Inputs, device_of, evaluation, fingerprint, uncompiled
 from neusemslice.graph.norms import with_norms
 from neusemslice.graph.probe import Probe
 from neusemslice.graph.removal import find_parts, tried_out
 from neusemslice.graph.sharding import same_inputs
-from neusemslice.graph.sites import Graph, Layer
+from neusemslice.graph.sites import Graph
 
 LARGE = 10**9
 """Parameters from which on a model is read by structure."""
@@ -101,8 +101,8 @@ def _with_sites(graph: Graph, model: nn.Module) -> Graph:
     return graph
 
 
-def called_layers(model: nn.Module, inputs: Inputs) -> tuple[Layer, ...]:
-    """All convolutions and linear layers that a forward pass calls, in the order of their calls.
+def multiply_adds(model: nn.Module, inputs: Inputs) -> int:
+    """Multiply-adds of convolutions, linear layers and fused experts for one sample.
 
     Raises:
         TypeError: if the model returns no logits.
@@ -113,9 +113,9 @@ def called_layers(model: nn.Module, inputs: Inputs) -> tuple[Layer, ...]:
         uncompiled(),
         evaluation(model, requires_grad=True),
     ):
-        calls = run_layers(model, inputs.to(device_of(model)).normal()).calls
-    names = {module: name for name, module in model.named_modules()}
-    return tuple(as_layers(calls, names))
+        run = run_layers(model, inputs.to(device_of(model)).normal())
+    layers = as_layers(run.calls, dict.fromkeys(run.calls, ""))
+    return sum(layer.macs for layer in layers) + expert_macs(run.experts, inputs.samples)
 
 
 def _note_rows(calls: dict[nn.Module, Call], probe: Probe, samples: set[int]) -> None:

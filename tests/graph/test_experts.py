@@ -9,7 +9,8 @@ from transformer_models import batch, batches, transformer
 
 import neusemslice as nss
 from neusemslice import reference
-from neusemslice.graph import Group, Inputs, Reader, Span, cut, shares, trace
+from neusemslice.graph import Group, Inputs, Reader, Span, cut, multiply_adds, shares, trace
+from neusemslice.maintain.cost import sliced_cost
 from neusemslice.maintain.cutting import TOLERANCE, check_pruned, prune
 from neusemslice.slicing import Slice
 
@@ -228,6 +229,14 @@ class TestRemoval:
         assert torch.equal(
             block.experts.down_proj, model.model.layers[1].mlp.experts.down_proj[experts]
         )
+
+    def test_multiply_adds_are_those_of_the_experts_that_a_token_has(self):
+        model, graph = made()
+        tokens, weights = 7, 2 * (48 * 16 + 16 * 24)
+        assert graph.expert_macs == 2 * tokens * weights
+        kept = only(graph, 0, [0, 2])
+        planned = sliced_cost(model, graph, kept)[1]
+        assert planned == multiply_adds(prune(model, kept), INPUTS) == multiply_adds(model, INPUTS)
 
     def test_another_expert_than_said_is_noticed(self):
         model, graph = made()
