@@ -7,7 +7,7 @@
 // of the host does not know, so with groups it takes, by the number of rows R, of outputs O and of
 // groups G alone, the least of
 //   few rows, R * G <= O      each row against all channels of x, of which it keeps its group's
-//   R <= G                    each row a group of its own, its group's channels of x gathered
+//   R <= G, R < O             each row a group of its own, its group's channels of x gathered
 //   more                      the whole weight's gradient, of which the rows are kept
 
 #include <ATen/core/Tensor.h>
@@ -92,7 +92,7 @@ at::Tensor rows_conv_backward_cuda(const at::Tensor& grad, const at::Tensor& x,
   if (rows.numel() * groups <= shape.outputs) {
     return of_all_inputs(grad, x, rows, places, shape).contiguous();
   }
-  if (rows.numel() <= groups) {
+  if (rows.numel() <= groups && rows.numel() < shape.outputs) {
     return of_own_inputs(grad, x, rows, places, shape).contiguous();
   }
   return conv_weight_gradient(grad, x, places, groups).index_select(0, rows);
