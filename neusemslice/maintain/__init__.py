@@ -4,6 +4,7 @@ from neusemslice.maintain.compensate import Refit
 from neusemslice.maintain.cost import Cost, latency, measure, parameter_count
 from neusemslice.maintain.delta import Delta
 from neusemslice.maintain.extend import Extended, ExtendReport, extend
+from neusemslice.maintain.finetune import finetune
 from neusemslice.maintain.readapt import Readapted, ReadaptReport, readapt
 from neusemslice.maintain.recalibration import recalibrate
 from neusemslice.maintain.restructure import Restructured, RestructureReport, restructure
@@ -25,6 +26,7 @@ __all__ = [
     "TaskModel",
     "Training",
     "extend",
+    "finetune",
     "fit",
     "latency",
     "measure",
