@@ -1,6 +1,6 @@
 """Which parameters belong to a neuron, where it is observed, and what it is coupled to."""
 
-from neusemslice.graph.dependencies import dependency_graph
+from neusemslice.graph.cut import cut
 from neusemslice.graph.fit import misfit
 from neusemslice.graph.layers import dim_of as layer_dim
 from neusemslice.graph.layers import is_transposed_linear, weight_dims
@@ -16,10 +16,11 @@ from neusemslice.graph.model import (
     unwrapped,
 )
 from neusemslice.graph.sharding import is_sharded, smallest
-from neusemslice.graph.sites import Graph, Group, Layer, Norm, Reader, Site, Span
+from neusemslice.graph.sites import Count, Graph, Group, Layer, Norm, Reader, Site, Span
 from neusemslice.graph.trace import trace
 
 __all__ = [
+    "Count",
     "Graph",
     "Group",
     "Inputs",
@@ -28,7 +29,7 @@ __all__ = [
     "Reader",
     "Site",
     "Span",
-    "dependency_graph",
+    "cut",
     "device_of",
     "evaluation",
     "fingerprint",

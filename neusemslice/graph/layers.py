@@ -168,8 +168,12 @@ def in_features(layer: nn.Module) -> int:
 
 
 def weight_dims(layer: nn.Module) -> tuple[int, int]:
-    """Dimensions of the weight that hold its outputs and its inputs."""
-    turned = isinstance(layer, _ConvTransposeNd) or is_transposed_linear(layer)
+    """Dimensions of the weight that hold its outputs and its inputs.
+
+    A depthwise convolution's neurons are both at once, and lie in the first.
+    """
+    turned = isinstance(layer, _ConvTransposeNd) and not is_depthwise(layer)
+    turned = turned or is_transposed_linear(layer)
     return (1, 0) if turned else (0, 1)
 
 

@@ -65,6 +65,19 @@ class Reader:
 
 
 @dataclass(frozen=True)
+class Count:
+    """A number in a module that says how many of a site's neurons, or of their parts, there are.
+
+    With each neuron that goes, the attribute ``name`` of ``module`` falls by ``per_neuron``. A name
+    with a dot is that of a number in an object which modules may share, like a configuration.
+    """
+
+    module: str
+    name: str
+    per_neuron: int
+
+
+@dataclass(frozen=True)
 class Site:
     """A group of neurons that is observed at one place.
 
@@ -78,6 +91,7 @@ class Site:
         norms: the norms in ``Graph.norms`` that read them on their way there.
         rows: what the neurons own: producers' rows, biases, norm affine and running statistics.
         columns: the weights with which the readers read them.
+        counts: how many there are of them, where no shape of a layer's weight tells.
     """
 
     name: str
@@ -88,6 +102,7 @@ class Site:
     rows: tuple[Span, ...]
     columns: tuple[Span, ...]
     norms: tuple[Reader, ...] = ()
+    counts: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -212,6 +227,7 @@ class Graph:
                     rows=tuple(Span(**span) for span in site["rows"]),
                     columns=tuple(Span(**span) for span in site["columns"]),
                     norms=tuple(Reader(**norm) for norm in site["norms"]),
+                    counts=tuple(Count(**count) for count in site["counts"]),
                 )
                 for site in raw["sites"]
             ),

@@ -1,12 +1,11 @@
 """Cutting: neurons physically removed from a copy, and the proof that it answers as masked.
 
-torch-pruning cuts a copy of the model; then the copy must answer as the original does with the
-removed neurons masked, within ``TOLERANCE`` of the output's scale.
+The graph says what to remove; what it says is not believed. The copy must answer as the original
+does with the removed neurons masked, within ``TOLERANCE`` of the output's scale.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -20,8 +19,7 @@ from neusemslice.graph import (
     Inputs,
     Reader,
     Site,
-    dependency_graph,
-    device_of,
+    cut,
     evaluation,
     tensors_in,
 )
@@ -31,33 +29,12 @@ TOLERANCE = 1e-5
 """Largest difference between pruned and masked, relative to the output's scale (float32)."""
 
 
-def prune(model: nn.Module, kept: Slice, inputs: Inputs) -> nn.Module:
+def prune(model: nn.Module, kept: Slice) -> nn.Module:
     """A copy of the model without the neurons outside ``kept``, which must be closed.
 
-    Raises:
-        RuntimeError: naming the group that could not be cut.
+    Parameters that lose neurons have no gradient in it.
     """
-    pruned = copy.deepcopy(model)
-    flags = {n: p.requires_grad for n, p in pruned.named_parameters(remove_duplicate=False)}
-    inputs = inputs.head(2).to(device_of(model))
-    with evaluation(pruned, requires_grad=True), torch.enable_grad():
-        dependencies = dependency_graph(pruned, inputs)
-    for group in kept.graph.groups:
-        site = kept.graph.site(group.sites[0])
-        gone = (~kept.mask(site.name)).nonzero().squeeze(1).tolist()
-        if not gone:
-            continue
-        producer = pruned.get_submodule(site.producers[0])
-        cut = dependencies.get_pruner_of_module(producer).prune_out_channels
-        try:
-            dependencies.get_pruning_group(producer, cut, gone).prune()
-        except Exception as error:
-            raise RuntimeError(
-                f"restructure: site {site.name} could not be cut: {error}"
-            ) from error
-    for name, parameter in pruned.named_parameters():
-        parameter.requires_grad_(flags[name])
-    return pruned
+    return cut(model, kept.graph, kept.masks())
 
 
 def check_pruned(model: nn.Module, pruned: nn.Module, kept: Slice, inputs: Inputs) -> float:
