@@ -2,6 +2,7 @@
 
 from neusemslice.graph.cut import cut
 from neusemslice.graph.fit import misfit
+from neusemslice.graph.grow import grow, removed_indices
 from neusemslice.graph.layers import dim_of as layer_dim
 from neusemslice.graph.layers import is_transposed_linear, weight_dims
 from neusemslice.graph.model import (
@@ -33,12 +34,14 @@ __all__ = [
     "device_of",
     "evaluation",
     "fingerprint",
+    "grow",
     "is_compiled",
     "is_sharded",
     "is_transposed_linear",
     "layer_dim",
     "logits_of",
     "misfit",
+    "removed_indices",
     "reset_compiler",
     "smallest",
     "tensors_in",

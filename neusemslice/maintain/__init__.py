@@ -7,9 +7,11 @@ from neusemslice.maintain.extend import Extended, ExtendReport, extend
 from neusemslice.maintain.finetune import finetune
 from neusemslice.maintain.readapt import Readapted, ReadaptReport, readapt
 from neusemslice.maintain.recalibration import recalibrate
+from neusemslice.maintain.regrow import regrow
 from neusemslice.maintain.restructure import Restructured, RestructureReport, restructure
 from neusemslice.maintain.tasks import Task, TaskModel
 from neusemslice.maintain.training import Score, Training, fit, score
+from neusemslice.maintain.undo import Undo
 
 __all__ = [
     "Cost",
@@ -25,6 +27,7 @@ __all__ = [
     "Task",
     "TaskModel",
     "Training",
+    "Undo",
     "extend",
     "finetune",
     "fit",
@@ -33,6 +36,7 @@ __all__ = [
     "parameter_count",
     "readapt",
     "recalibrate",
+    "regrow",
     "restructure",
     "score",
 ]

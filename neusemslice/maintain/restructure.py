@@ -9,19 +9,23 @@ that are left (``maintain/compensate.py``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from neusemslice.graph import device_of
+from neusemslice import _files
+from neusemslice.graph import Inputs, device_of
 from neusemslice.maintain.compensate import Refit
 from neusemslice.maintain.compensate import compensate as fit_layers
 from neusemslice.maintain.cost import Cost, measure
 from neusemslice.maintain.cost import latency as measure_latency
 from neusemslice.maintain.cutting import check_pruned, prune
+from neusemslice.maintain.saving import read_model, write_model
 from neusemslice.maintain.targets import meet
 from neusemslice.profiling import first_inputs
 from neusemslice.slicing import SemanticSlicing, Slice
@@ -32,7 +36,7 @@ class RestructureReport:
     """What restructuring did.
 
     Attributes:
-        before, after: cost of the model; latency is on the first calibration batch.
+        before, after: cost of the model, on samples of the first calibration batch.
         widths: per site, neurons before and after.
         kept_whole: per site that could not lose neurons, why.
         difference: largest difference between pruned and masked, before compensation, relative to
@@ -48,14 +52,71 @@ class RestructureReport:
     difference: float
     refits: dict[str, Refit]
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        small: nn.Module,
+        kept: Slice,
+        inputs: Inputs,
+        difference: float,
+        refits: dict[str, Refit],
+    ) -> RestructureReport:
+        """Measures a model and what was left of it on a batch."""
+        groups = [group for group in kept.graph.groups if group.kept_whole]
+        return cls(
+            before=measure(model, inputs),
+            after=measure(small, inputs),
+            widths={row.site: (row.neurons, row.kept) for row in kept.table()},
+            kept_whole={name: group.kept_whole for group in groups for name in group.sites},
+            difference=difference,
+            refits=refits,
+        )
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> RestructureReport:
+        """The inverse of ``dataclasses.asdict`` and JSON."""
+        return cls(
+            before=Cost.from_json(raw["before"]),
+            after=Cost.from_json(raw["after"]),
+            widths={name: (int(old), int(new)) for name, (old, new) in raw["widths"].items()},
+            kept_whole=dict(raw["kept_whole"]),
+            difference=float(raw["difference"]),
+            refits={name: Refit(**refit) for name, refit in raw["refits"].items()},
+        )
+
 
 @dataclass(frozen=True)
 class Restructured:
-    """The smaller model, the slice of the original that it holds, and the report."""
+    """The smaller model, the slice of the original that it holds, and the report.
+
+    The model is one of plain modules: it may be trained, compiled and exported like any other.
+    """
 
     model: nn.Module
     kept: Slice
     report: RestructureReport
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the model as it is now, its slice and the report to one file, atomically."""
+        return write_model(path, self.model, self.kept, asdict(self.report))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> Restructured:
+        """Reads what ``save`` wrote, in any process, bit for bit.
+
+        Args:
+            path: the file.
+            model: freshly built as the original was; a copy of it is cut to the sizes in the file
+                and takes the tensors. Its own values do not matter.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file and what is wrong with it; also for a
+                model of another structure than the original's.
+        """
+        small, kept, raw = read_model(path, model)
+        report = _files.built(path, lambda: RestructureReport.from_json(raw))
+        return cls(small, kept, report)
 
 
 def restructure(
@@ -99,7 +160,6 @@ def restructure(
         RuntimeError: if the pruned model does not answer as the masked one; the message names the
             first site that differs.
     """
-    graph = slicing.profile.graph if isinstance(slicing, SemanticSlicing) else slicing.graph
     inputs = first_inputs(calibration, "restructure", device_of(model))
     targets = {"macs": macs, "params": params, "keep": keep, "latency": latency}
     chosen = {name: value for name, value in targets.items() if value is not None}
@@ -124,28 +184,18 @@ def restructure(
         def latency_left(kept: Slice) -> float:
             # The whole model right before, because a machine's speed changes with time.
             whole = measure_latency(model, inputs)
-            return measure_latency(prune(model, _removable(kept)), inputs) / whole
+            return measure_latency(prune(model, removable(kept)), inputs) / whole
 
         wanted = meet(model, slicing, *chosen.popitem(), round_to, latency_left)
-    kept = _removable(wanted)
+    kept = removable(wanted)
     pruned = prune(model, kept)
     difference = check_pruned(model, pruned, kept, inputs)
     refits = fit_layers(model, pruned, kept, calibration) if compensate else {}
-    return Restructured(
-        pruned,
-        kept,
-        RestructureReport(
-            before=measure(model, inputs),
-            after=measure(pruned, inputs),
-            widths={s.name: (s.neurons, int(kept.mask(s.name).sum())) for s in graph.sites},
-            kept_whole={n: g.kept_whole for g in graph.groups if g.kept_whole for n in g.sites},
-            difference=difference,
-            refits=refits,
-        ),
-    )
+    report = RestructureReport.of(model, pruned, kept, inputs, difference, refits)
+    return Restructured(pruned, kept, report)
 
 
-def _removable(wanted: Slice) -> Slice:
+def removable(wanted: Slice) -> Slice:
     """The closed slice, with whole groups where nothing may be removed, and no site left empty."""
     masks = wanted.closed().masks()
     for group in wanted.graph.groups:
