@@ -18,7 +18,7 @@ from neusemslice.graph.model import (
 )
 from neusemslice.graph.sharding import is_sharded, smallest
 from neusemslice.graph.sites import Count, Graph, Group, Layer, Norm, Reader, Site, Span
-from neusemslice.graph.trace import trace
+from neusemslice.graph.trace import called_layers, trace
 
 __all__ = [
     "Count",
@@ -30,6 +30,7 @@ __all__ = [
     "Reader",
     "Site",
     "Span",
+    "called_layers",
     "cut",
     "device_of",
     "evaluation",

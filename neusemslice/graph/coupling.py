@@ -194,10 +194,7 @@ class _Tracer:
         name, dim = self.dependencies._param_to_name[parameter], item.dep.target.pruning_dim
         neurons = out_features(producer)
         span = _as_span(item.idxs, item.root_idxs, neurons)
-        if (
-            span is None
-            or sum(span) + (out_features(producer) - 1) * span[1] > parameter.shape[dim]
-        ):
+        if span is None or span[0] + neurons * span[1] > parameter.shape[dim]:
             group.problem = f"its neurons do not map one to one to the parameter {name}"
         else:
             group.parameters[name] = Span(name, dim % parameter.ndim, *span)

@@ -28,6 +28,7 @@ from neusemslice.graph.layers import (
 from neusemslice.graph.model import Inputs, device_of, evaluation, fingerprint, uncompiled
 from neusemslice.graph.norms import with_norms
 from neusemslice.graph.probe import Probe
+from neusemslice.graph.removal import find_parts, tried_out
 from neusemslice.graph.sharding import same_inputs
 from neusemslice.graph.sites import Graph, Layer
 
@@ -75,8 +76,8 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
             graph = replace(graph, skipped={**graph.skipped, **skipped})
         else:
             graph = with_traced(graph, names, calls, found, probe)
-        graph = with_heads(graph, heads, names, calls)
-        graph = with_norms(graph, model, names, run, probe)
+        graph = with_heads(graph, heads, find_parts(heads, probe), names, calls)
+        graph = tried_out(with_norms(graph, model, names, run, probe), probe)
     if not graph.sites:
         reasons = "".join(f"; {name} is left out: {why}" for name, why in graph.skipped.items())
         raise ValueError(
@@ -84,6 +85,23 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
             f"another one reads, so there is nothing to slice{reasons}"
         )
     return graph
+
+
+def called_layers(model: nn.Module, inputs: Inputs) -> tuple[Layer, ...]:
+    """All convolutions and linear layers that a forward pass calls, in the order of their calls.
+
+    Raises:
+        TypeError: if the model returns no logits.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        uncompiled(),
+        evaluation(model, requires_grad=True),
+    ):
+        calls = run_layers(model, inputs.to(device_of(model)).normal()).calls
+    names = {module: name for name, module in model.named_modules()}
+    return tuple(_layers(calls, names))
 
 
 def _note_rows(calls: dict[nn.Module, Call], probe: Probe, samples: set[int]) -> None:

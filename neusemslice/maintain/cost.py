@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from neusemslice.graph import Graph, Inputs, device_of, evaluation, trace
+from neusemslice.graph import Graph, Inputs, called_layers, device_of, evaluation
 from neusemslice.slicing import Slice
 
 BATCH_SIZES = (1, 64)
@@ -62,7 +62,7 @@ def measure(model: nn.Module, inputs: Inputs) -> Cost:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     return Cost(
         parameters=parameter_count(model),
-        macs=sum(layer.macs for layer in trace(model, inputs.head(2)).layers),
+        macs=sum(layer.macs for layer in called_layers(model, inputs.head(2))),
         latency={size: latency(model, sized(size), seconds=0.15) for size in BATCH_SIZES},
         model_bytes=sum(tensor.nbytes for tensor in tensors),
         activation_bytes=activation_bytes(model, sized(1)),

@@ -20,7 +20,7 @@ def traced(name, attention="sdpa", **changes):
 
 
 def heads_of(graph):
-    return [s for s in graph.sites if "attention heads" in graph.groups[s.group].kept_whole]
+    return [s for s in graph.sites if s.readers[0].repeat > 1]
 
 
 def read_at(model, module, inputs):
