@@ -1,6 +1,7 @@
 """From a slice to a restructured, re-adapted or extended model."""
 
 from neusemslice.maintain.compensate import Refit
+from neusemslice.maintain.compress import Compressed, CompressReport, compress
 from neusemslice.maintain.cost import Cost, latency, measure, parameter_count
 from neusemslice.maintain.delta import Delta
 from neusemslice.maintain.extend import Extended, ExtendReport, extend
@@ -14,6 +15,8 @@ from neusemslice.maintain.training import Score, Training, fit, score
 from neusemslice.maintain.undo import Undo
 
 __all__ = [
+    "CompressReport",
+    "Compressed",
     "Cost",
     "Delta",
     "ExtendReport",
@@ -28,6 +31,7 @@ __all__ = [
     "TaskModel",
     "Training",
     "Undo",
+    "compress",
     "extend",
     "finetune",
     "fit",

@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from neusemslice import _files
@@ -26,7 +25,7 @@ from neusemslice.maintain.cost import Cost, measure
 from neusemslice.maintain.cost import latency as measure_latency
 from neusemslice.maintain.cutting import check_pruned, prune
 from neusemslice.maintain.saving import read_model, write_model
-from neusemslice.maintain.targets import meet
+from neusemslice.maintain.targets import meet, removable
 from neusemslice.profiling import first_inputs
 from neusemslice.slicing import SemanticSlicing, Slice
 
@@ -193,15 +192,3 @@ def restructure(
     refits = fit_layers(model, pruned, kept, calibration) if compensate else {}
     report = RestructureReport.of(model, pruned, kept, inputs, difference, refits)
     return Restructured(pruned, kept, report)
-
-
-def removable(wanted: Slice) -> Slice:
-    """The closed slice, with whole groups where nothing may be removed, and no site left empty."""
-    masks = wanted.closed().masks()
-    for group in wanted.graph.groups:
-        for name in group.sites:
-            if group.kept_whole:
-                masks[name] = torch.ones_like(masks[name])
-            elif not masks[name].any():
-                raise ValueError(f"restructure: no neuron of site {name} would be left")
-    return Slice(wanted.graph, masks)

@@ -86,3 +86,15 @@ def _ranking(slicing: SemanticSlicing, group: Group) -> Tensor:
     size = scores[0].shape[0]
     together = torch.stack([s for s in scores if s.shape[0] == size]).amax(0)
     return together.sort(descending=True, stable=True).indices
+
+
+def removable(wanted: Slice) -> Slice:
+    """The closed slice, with whole groups where nothing may be removed, and no site left empty."""
+    masks = wanted.closed().masks()
+    for group in wanted.graph.groups:
+        for name in group.sites:
+            if group.kept_whole:
+                masks[name] = torch.ones_like(masks[name])
+            elif not masks[name].any():
+                raise ValueError(f"restructure: no neuron of site {name} would be left")
+    return Slice(wanted.graph, masks)
