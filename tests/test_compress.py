@@ -160,7 +160,7 @@ class TestCompress:
         assert f"{method} cannot leave" in report.stopped
 
     def test_the_model_is_what_the_report_says(self, method, granularity):
-        model, result = self.run(method, granularity)
+        _, result = self.run(method, granularity)
         last = result.report.iterations
         left = sum(int(p.count_nonzero()) for p in result.model.parameters())
         assert left == result.report.parameters[last]
@@ -175,7 +175,7 @@ class TestCompress:
             assert parameter_count(result.model) == left
 
     def test_stops_where_the_budget_is_spent(self, method, granularity):
-        model, result = self.run(method, granularity, budget=0.0, accuracy=0.2, lr=1e-4)
+        _, result = self.run(method, granularity, budget=0.0, accuracy=0.2, lr=1e-4)
         report = result.report
         assert report.least == 0.2
         assert min(report.accuracies[: report.iterations + 1]) >= 0.2

@@ -10,6 +10,7 @@ from neusemslice.maintain.readapt import Readapted, ReadaptReport, readapt
 from neusemslice.maintain.recalibration import recalibrate
 from neusemslice.maintain.regrow import regrow
 from neusemslice.maintain.restructure import Restructured, RestructureReport, restructure
+from neusemslice.maintain.targets import GroupPlan, Plan, plan
 from neusemslice.maintain.tasks import Task, TaskModel
 from neusemslice.maintain.training import Score, Training, fit, score
 from neusemslice.maintain.undo import Undo
@@ -21,6 +22,8 @@ __all__ = [
     "Delta",
     "ExtendReport",
     "Extended",
+    "GroupPlan",
+    "Plan",
     "ReadaptReport",
     "Readapted",
     "Refit",
@@ -38,6 +41,7 @@ __all__ = [
     "latency",
     "measure",
     "parameter_count",
+    "plan",
     "readapt",
     "recalibrate",
     "regrow",

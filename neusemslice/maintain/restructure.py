@@ -25,7 +25,7 @@ from neusemslice.maintain.cost import Cost, measure
 from neusemslice.maintain.cost import latency as measure_latency
 from neusemslice.maintain.cutting import check_pruned, prune
 from neusemslice.maintain.saving import read_model, write_model
-from neusemslice.maintain.targets import meet, removable
+from neusemslice.maintain.targets import checked_target, meet, removable
 from neusemslice.profiling import first_inputs
 from neusemslice.slicing import SemanticSlicing, Slice
 
@@ -133,8 +133,9 @@ def restructure(
     """Removes the neurons outside a slice from a copy of the model.
 
     Without a target the critical slice (or the given ``Slice``) stays. With a target, every coupled
-    group keeps the same share of its neurons, the largest that meets the target, and within the
-    group those with the greatest share in the contribution to any one class.
+    group keeps the same share of its neurons, the largest that meets the target, and those of
+    greatest share in the contribution to any one class; what is left of the target goes to the
+    groups that win most by it. ``nss.maintain.plan`` shows all that before anything is cut.
 
     Args:
         model: the one that the slicing was made from; it is left as it was.
@@ -161,16 +162,9 @@ def restructure(
     """
     inputs = first_inputs(calibration, "restructure", device_of(model))
     targets = {"macs": macs, "params": params, "keep": keep, "latency": latency}
-    chosen = {name: value for name, value in targets.items() if value is not None}
-    if len(chosen) > 1:
-        raise ValueError(f"restructure: give one target, got {sorted(chosen)}")
-    for name, value in chosen.items():
-        if not 0 < value <= 1:
-            raise ValueError(f"restructure: {name} must lie in (0, 1], got {value}")
-    if round_to < 1:
-        raise ValueError(f"restructure: round_to must be at least 1, got {round_to}")
+    target = checked_target("restructure", targets, round_to)
     if isinstance(slicing, Slice):
-        if chosen:
+        if target is not None:
             raise ValueError(
                 "restructure: a target needs a slicing to rank neurons by, got a Slice"
             )
@@ -178,14 +172,14 @@ def restructure(
     else:
         wanted = slicing.critical_slice()
     wanted.check_model(model)
-    if isinstance(slicing, SemanticSlicing) and chosen:
+    if isinstance(slicing, SemanticSlicing) and target is not None:
 
         def latency_left(kept: Slice) -> float:
             # The whole model right before, because a machine's speed changes with time.
             whole = measure_latency(model, inputs)
-            return measure_latency(prune(model, removable(kept)), inputs) / whole
+            return measure_latency(prune(model, kept), inputs) / whole
 
-        wanted = meet(model, slicing, *chosen.popitem(), round_to, latency_left)
+        wanted = meet(model, slicing, *target, round_to, latency_left)
     kept = removable(wanted)
     pruned = prune(model, kept)
     difference = check_pruned(model, pruned, kept, inputs)

@@ -1,0 +1,90 @@
+"""Budgets: how many neurons each coupled group keeps, and what goes with the others.
+
+A group's neurons are ranked by their greatest share in the contribution to any one class. What a
+group loses with all but its first ``k`` is the share of the contribution, mean over the classes
+that were seen, that the others have: its sensitivity, known from the profile alone. Groups grow
+together along one level in [0, 1], see ``counts``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from neusemslice.graph import Graph, Group
+from neusemslice.slicing import SemanticSlicing, Slice
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A coupled group's neurons, most important first.
+
+    Attributes:
+        group: see ``Graph.groups``.
+        order: int64 ``[C]``; ties by index.
+        losses: float64 ``[C + 1]``, the share of the contribution that goes if the first ``k``
+            stay; the greatest of the group's sites.
+    """
+
+    group: Group
+    order: Tensor
+    losses: Tensor
+
+    @property
+    def neurons(self) -> int:
+        return len(self.order)
+
+
+def ranked(slicing: SemanticSlicing) -> list[Ranked]:
+    """Every group of the slicing's model, in the order of its graph."""
+    return [_ranked(slicing, group) for group in slicing.profile.graph.groups]
+
+
+def _ranked(slicing: SemanticSlicing, group: Group) -> Ranked:
+    size = slicing.profile.graph.site(group.sites[0]).neurons
+    # Only a group that is kept whole can have sites of several sizes.
+    alike = [name for name in group.sites if slicing.profile.graph.site(name).neurons == size]
+    importance = torch.stack([slicing.importance(name) for name in alike]).amax(0)
+    order = importance.sort(descending=True, stable=True).indices
+    losses = []
+    for name in alike:
+        p = slicing.shares[name][:, order]
+        seen = p[p.sum(1) > 0]
+        gone = seen.sum(1, keepdim=True) - torch.cat(
+            [seen.new_zeros(len(seen), 1), seen], 1
+        ).cumsum(1)
+        losses.append(gone.clamp_min(0).mean(0) if len(seen) else p.new_zeros(size + 1))
+    return Ranked(group, order, torch.stack(losses).amax(0))
+
+
+def counts(groups: Sequence[Ranked], level: float, round_to: int) -> list[int]:
+    """How many neurons each group keeps: this share of them, at least one.
+
+    Rounded up to multiples of ``round_to``, or all; groups that are kept whole keep all.
+    """
+    return [
+        group.neurons
+        if group.group.kept_whole
+        else stepped(max(1, math.ceil(level * group.neurons)), group, round_to)
+        for group in groups
+    ]
+
+
+def stepped(count: int, group: Ranked, round_to: int) -> int:
+    """The next multiple that a group can keep."""
+    return min(group.neurons, -(-count // round_to) * round_to)
+
+
+def kept_slice(graph: Graph, groups: Sequence[Ranked], numbers: Sequence[int]) -> Slice:
+    """The slice in which each group keeps so many neurons."""
+    masks = Slice.whole(graph).masks()
+    for group, number in zip(groups, numbers, strict=True):
+        if not group.group.kept_whole:
+            mask = torch.zeros(group.neurons, dtype=torch.bool)
+            mask[group.order[:number]] = True
+            masks.update(dict.fromkeys(group.group.sites, mask))
+    return Slice(graph, masks)
