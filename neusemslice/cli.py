@@ -6,10 +6,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from neusemslice.maintain import Restructured
+    from neusemslice.report import ClassAccuracy
+    from neusemslice.slicing import SemanticSlicing
+    from neusemslice.task import Task
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -160,7 +168,7 @@ def restructure(
     """
     from neusemslice.maintain import Undo
     from neusemslice.maintain import restructure as cut_down
-    from neusemslice.report import class_accuracy, print_restructured
+    from neusemslice.report import print_restructured
     from neusemslice.slicing import SemanticSlicing
     from neusemslice.task import beginning, remembered
 
@@ -179,17 +187,41 @@ def restructure(
             round_to=round_to,
             compensate=compensate,
         )
-        test, names = given.optional("test"), slicing.profile.class_names
-        accuracy = (
-            class_accuracy(model, result.model, test(), names, given.optional("labels"))
-            if callable(test)
-            else None
-        )
         paths = [
             result.save(run / _MODEL),
             Undo.between(model, result.model, result.kept).save(run / _UNDO),
         ]
-        print_restructured(result, slicing, paths, Console(), accuracy)
+        print_restructured(
+            result, slicing, paths, Console(), _accuracy(given, slicing, model, result)
+        )
+
+
+@app.command()
+def report(run: _Run = Path("run")) -> None:
+    """Show again what restructuring did; accuracy, if the task has a test(), is measured anew."""
+    from neusemslice.maintain import Restructured
+    from neusemslice.report import print_restructured
+    from neusemslice.slicing import SemanticSlicing
+    from neusemslice.task import remembered
+
+    with _one_sentence("report"):
+        given = remembered(run)
+        slicing = SemanticSlicing.load(run / _SLICE)
+        model = given.model()
+        result = Restructured.load(run / _MODEL, model)
+        print_restructured(result, slicing, [], Console(), _accuracy(given, slicing, model, result))
+
+
+def _accuracy(
+    given: Task, slicing: SemanticSlicing, model: nn.Module, result: Restructured
+) -> ClassAccuracy | None:
+    """How the whole and the smaller model answer the task's test samples, if it has any."""
+    from neusemslice.report import class_accuracy
+
+    if not callable(test := given.optional("test")):
+        return None
+    names, labels = slicing.profile.class_names, given.optional("labels")
+    return class_accuracy(model, result.model, test(), names, labels)
 
 
 @app.command()

@@ -118,6 +118,10 @@ def test_restructure(folder):
     model = remembered(folder / "out").model()
     small = Restructured.load(folder / "out" / "model.safetensors", model)
     assert small.report.widths == {"0": (8, 4), "2": (5, 3)}
+    shown = run(folder, "report", "out")
+    assert shown.returncode == 0, shown.stderr
+    lines = result.stdout.splitlines()
+    assert shown.stdout.splitlines() == [line for line in lines if not line.startswith("wrote")]
     parent = Undo.load(folder / "out" / "undo.safetensors").parent(small.model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, parent.state_dict()[name])
@@ -239,5 +243,5 @@ def test_what_is_wrong_is_one_sentence(folder, source, command, message):
 
 def test_help_lists_the_commands(folder):
     shown = run(folder, "--help").stdout
-    for command in ("demo", "profile", "slice", "restructure", "readapt"):
+    for command in ("demo", "profile", "slice", "restructure", "readapt", "report"):
         assert command in shown

@@ -50,7 +50,7 @@ def test_it_says_what_is_left_and_what_went(tmp_path):
 
 def test_groups_that_cannot_lose_neurons_are_said(tmp_path):
     text = printed(case("padded", compensate=False), tmp_path)
-    assert "kept whole: " in text
+    assert "kept whole: stem, conv2: " in text
     assert "accuracy" not in text
     assert "Compensated" not in text
 

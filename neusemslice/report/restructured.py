@@ -114,16 +114,14 @@ def restructured_table(result: Restructured, accuracy: ClassAccuracy | None = No
 
 
 def widths_table(result: Restructured) -> Table:
-    """Per site how many neurons there were and are, and how far its readers' fit missed."""
-    table = _table("Widths", "site", "before", "after", "left", "")
-    report = result.report
-    for site, (before, after) in report.widths.items():
-        note = f"kept whole: {report.kept_whole[site]}" if site in report.kept_whole else ""
-        table.add_row(site, f"{before:,}", f"{after:,}", f"{after / before:.0%}", note)
-    before, after = (sum(pair[i] for pair in report.widths.values()) for i in (0, 1))
+    """Per site how many neurons there were and are."""
+    table = _table("Widths", "site", "before", "after", "left")
+    widths = result.report.widths
+    for site, (before, after) in widths.items():
+        table.add_row(site, f"{before:,}", f"{after:,}", f"{after / before:.0%}")
+    before, after = (sum(pair[i] for pair in widths.values()) for i in (0, 1))
     table.add_section()
-    table.add_row("all", f"{before:,}", f"{after:,}", f"{after / before:.0%}", "")
-    table.columns[-1].justify = "left"
+    table.add_row("all", f"{before:,}", f"{after:,}", f"{after / max(1, before):.0%}")
     return table
 
 
@@ -162,6 +160,11 @@ def print_restructured(
 ) -> None:
     """Prints what restructuring did, and where the files are."""
     console.print(widths_table(result))
+    sites: dict[str, list[str]] = {}
+    for site, reason in result.report.kept_whole.items():
+        sites.setdefault(reason, []).append(site)
+    for reason, names in sites.items():
+        console.print(f"kept whole: {', '.join(names)}: {reason}", highlight=False)
     if result.report.refits:
         console.print(refits_table(result))
     console.print(components_table(slicing, result.kept))
