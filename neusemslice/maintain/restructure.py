@@ -215,4 +215,9 @@ def removable(wanted: Slice) -> Slice:
                 masks[name] = torch.ones_like(masks[name])
             elif not masks[name].any():
                 raise ValueError(f"restructure: no neuron of site {name} would be left")
+            elif int(masks[name].sum()) < group.least:
+                raise ValueError(
+                    f"restructure: site {name} must keep at least {group.least} neurons, as many "
+                    f"experts as each token has; {int(masks[name].sum())} would be left"
+                )
     return Slice(wanted.graph, masks)
