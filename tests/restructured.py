@@ -13,7 +13,7 @@ import neusemslice as nss
 from neusemslice.graph import Inputs
 from neusemslice.maintain import Restructured
 
-TRANSFORMERS = ("vit", "bert", "gpt2", "llama")
+TRANSFORMERS = ("vit", "bert", "gpt2", "llama", "mixtral")
 NETWORKS = (*IMAGES, "mlp", "reused", "tied", *TRANSFORMERS)
 
 

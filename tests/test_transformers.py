@@ -162,8 +162,8 @@ class TestRestructure:
                 inner += not is_head(site)
         layers = 4 if name == "swin" else 2
         assert heads == layers
-        # Experts are no sites yet, and gates that share a layer with what they let through.
-        assert inner >= (0 if name in ("phi3", "mixtral") else layers)
+        # A gate that shares a layer with what it lets through cannot lose neurons.
+        assert inner >= (0 if name == "phi3" else layers)
         inputs = batch(name, seed=9)
         with torch.no_grad(), small.kept.applied(model):
             expected = model(**inputs).logits

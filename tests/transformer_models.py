@@ -65,7 +65,36 @@ CONFIGS = {
         LLAMA | {"num_local_experts": 4, "experts_implementation": "eager"},
     ),
 }
-IMAGES = ("vit", "swin")
+CONVNETS = {
+    "resnet": (
+        transformers.ResNetForImageClassification,
+        transformers.ResNetConfig,
+        {
+            "embedding_size": 8,
+            "hidden_sizes": [8, 16],
+            "depths": [2, 2],
+            "layer_type": "basic",
+            "num_labels": 3,
+        },
+    ),
+    "convnext": (
+        transformers.ConvNextForImageClassification,
+        transformers.ConvNextConfig,
+        {"hidden_sizes": [8, 12], "depths": [2, 2], "num_stages": 2, "num_labels": 3},
+    ),
+}
+IMAGES = ("vit", "swin", *CONVNETS)
+
+
+def convnet(name: str) -> nn.Module:
+    """One of ``CONVNETS`` in evaluation mode, with biases and norms that are not trivial."""
+    cls, config, settings = CONVNETS[name]
+    torch.manual_seed(0)
+    model = cls(config(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
 
 
 def transformer(name: str, attention: str = "sdpa", **changes: object) -> nn.Module:

@@ -1,6 +1,7 @@
 """Which parameters belong to a neuron, where it is observed, and what it is coupled to."""
 
 from neusemslice.graph.cut import cut
+from neusemslice.graph.experts import choosing_among, shares
 from neusemslice.graph.fit import misfit
 from neusemslice.graph.grow import grow, removed_indices
 from neusemslice.graph.layers import dim_of as layer_dim
@@ -18,7 +19,7 @@ from neusemslice.graph.model import (
 )
 from neusemslice.graph.sharding import is_sharded, smallest
 from neusemslice.graph.sites import Count, Graph, Group, Layer, Norm, Reader, Site, Span
-from neusemslice.graph.trace import called_layers, trace
+from neusemslice.graph.trace import multiply_adds, trace
 
 __all__ = [
     "Count",
@@ -30,7 +31,7 @@ __all__ = [
     "Reader",
     "Site",
     "Span",
-    "called_layers",
+    "choosing_among",
     "cut",
     "device_of",
     "evaluation",
@@ -42,8 +43,10 @@ __all__ = [
     "layer_dim",
     "logits_of",
     "misfit",
+    "multiply_adds",
     "removed_indices",
     "reset_compiler",
+    "shares",
     "smallest",
     "tensors_in",
     "trace",

@@ -42,6 +42,10 @@ IDLE = "queries and keys change nothing in the batch that the model was traced w
 """Why nothing can be said of an attention, not even that it is none."""
 
 
+UNDIVIDED = "its attention does not divide into heads with queries, keys and values of their own"
+"""Why an attention has no neurons."""
+
+
 @dataclass(frozen=True)
 class Attention:
     """An attention.
@@ -248,7 +252,7 @@ def _search(attention: Attention, calls: Mapping[nn.Module, Call]) -> _Search:
             named = (values or sources)[0]
             first_named = {named: layouts[named], **layouts}
             return Heads(width // repeat, repeat, first_named)
-    return "its attention does not divide into heads with queries, keys and values of their own"
+    return UNDIVIDED
 
 
 def _layouts(

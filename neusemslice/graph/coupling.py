@@ -31,6 +31,7 @@ from neusemslice.graph.layers import (
     is_grouped,
     is_layer,
     mixes_neurons,
+    norm_rows,
     out_features,
     rows_of,
     weight_dims,
@@ -259,11 +260,7 @@ class _Tracer:
         norms = {norm for group in groups.values() for norm in group.norms}
         for norm in sorted(norms, key=lambda m: self.names[m]):
             for i, (start, repeat) in self._governors(norm, site_of, groups, "norms"):
-                rows[i] += [
-                    Span(f"{self.names[norm]}.{tensor}", 0, start, repeat)
-                    for tensor in ("weight", "bias", "running_mean", "running_var")
-                    if getattr(norm, tensor) is not None
-                ]
+                rows[i] += norm_rows(norm, self.names[norm], start, repeat)
                 counts[i].append(Count(self.names[norm], "num_features", repeat))
         self._add_parameters(rows, sites, groups)
         group_of, coupled = self._couple(sites, site_of, groups)

@@ -15,7 +15,7 @@ other modules share, are cut only where the model does not run otherwise.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
@@ -56,20 +56,40 @@ def find_parts(heads: Mapping[Attention, Heads | str], probe: Probe) -> dict[Att
 
 def tried_out(graph: Graph, probe: Probe) -> Graph:
     """The graph, with groups that the model cannot lose neurons of kept whole."""
+    found = with_problems(graph, lambda groups: _problem(graph, groups, probe))
+    for index, group in enumerate(found.groups):
+        if group.kept_whole and not graph.groups[index].kept_whole and len(group.sites) == 1:
+            with_shared = _with_shared(found, group.sites[0], probe.model)
+            if not _problem(with_shared, [index], probe):
+                found = _with_reason(with_shared, index, "")
+    return found
+
+
+def with_problems(graph: Graph, problem: Callable[[Collection[int]], str]) -> Graph:
+    """The graph, with groups that have a problem kept whole.
+
+    Args:
+        problem: why some groups, by their numbers, cannot all lose every other neuron; empty if
+            they can.
+    """
     free = [i for i, group in enumerate(graph.groups) if not group.kept_whole]
     free = [i for i in free if graph.site(graph.groups[i].sites[0]).neurons > 1]
-    problem = _problem(graph, free, probe)
-    if not problem:
-        return graph
+    if problem(free):
+        for index in free:
+            graph = _with_reason(graph, index, problem([index]))
+    return graph
+
+
+def _with_reason(graph: Graph, index: int, reason: str) -> Graph:
     groups = list(graph.groups)
-    for index in free:
-        problem = _problem(graph, [index], probe)
-        if problem and len(groups[index].sites) == 1:
-            with_shared = _with_shared(graph, groups[index].sites[0], probe.model)
-            if not _problem(with_shared, [index], probe):
-                graph, problem = with_shared, ""
-        groups[index] = replace(groups[index], kept_whole=problem)
+    groups[index] = replace(groups[index], kept_whole=reason)
     return replace(graph, groups=tuple(groups))
+
+
+def does_not_run(error: Exception) -> str:
+    """A group's problem with which a model raised an error."""
+    reason = str(error).partition("\n")[0]
+    return f"the model does not run without some of them: {type(error).__name__}: {reason}"
 
 
 def home_of(sources: Iterable[nn.Module], names: Mapping[nn.Module, str]) -> str:
@@ -180,8 +200,7 @@ def _problem(graph: Graph, groups: Collection[int], probe: Probe) -> str:
             fitting = probe.fits(kept, readers)
     except Exception as error:
         # A model that cannot run so may raise anything.
-        reason = str(error).partition("\n")[0]
-        return f"the model does not run without some of them: {type(error).__name__}: {reason}"
+        return does_not_run(error)
     wrong = sorted(name for name, layer in layers.items() if layer in readers.keys() - fitting)
     return f"without some of them others do not reach {wrong[0]} as before" if wrong else ""
 

@@ -62,14 +62,14 @@ def _ranked(slicing: SemanticSlicing, group: Group) -> Ranked:
 
 
 def counts(groups: Sequence[Ranked], level: float, round_to: int) -> list[int]:
-    """How many neurons each group keeps: this share of them, at least one.
+    """How many neurons each group keeps: this share of them, or its fewest.
 
     Rounded up to multiples of ``round_to``, or all; groups that are kept whole keep all.
     """
     return [
         group.neurons
         if group.group.kept_whole
-        else stepped(max(1, math.ceil(level * group.neurons)), group, round_to)
+        else stepped(max(group.group.least, math.ceil(level * group.neurons)), group, round_to)
         for group in groups
     ]
 

@@ -247,7 +247,9 @@ def _fit(layer: _Layer, loader: Iterable[Any]) -> Refit | None:
         raise RuntimeError(
             f"restructure: the normal equations of layer {layer.name} could not be solved"
         )
-    fitted = old + torch.cholesky_solve(xt - xx @ old, factor)
+    # Not by cholesky_solve, which copies the factor.
+    half = torch.linalg.solve_triangular(factor, xt - xx @ old, upper=False)
+    fitted = old + torch.linalg.solve_triangular(factor.mT, half, upper=True)
     offset = mean[features:] - mean[:features] @ fitted
     layer.set(fitted, None if bias is None and norm is None else offset, norm)
     return Refit(before, missed(fitted, offset))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from neusemslice.graph import Graph, Group, Inputs, called_layers, device_of, trace
+from neusemslice.graph import Graph, Group, Inputs, device_of, trace
 from neusemslice.maintain.cost import parameter_count, sliced_cost
 from neusemslice.maintain.cutting import check_pruned, prune
 from neusemslice.maintain.finetune import finetune
@@ -191,7 +191,7 @@ def _weights(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     weights = {
         name: model.get_parameter(name)
-        for layer in called_layers(model, inputs.head(2))
+        for layer in trace(model, inputs.head(2)).layers
         for name in [f"{layer.name}.weight"]
     }
     return {
@@ -260,17 +260,19 @@ def _neurons(model: nn.Module, graph: Graph, group: Group) -> Units:
     """A group's neurons, each with the weights that make it."""
     sites = [graph.site(name) for name in group.sites]
     squares = torch.zeros(sites[0].neurons, dtype=torch.float64, device=device_of(model))
-    weights = {f"{producer}.weight" for site in sites for producer in site.producers}
     every = torch.arange(len(squares), device=squares.device)
-    owned = (span for site in sites for span in site.rows if span.tensor in weights)
-    for span in dict.fromkeys(owned):  # coupled sites may have one in common
-        rows = model.get_parameter(span.tensor).detach().double().square()
+    weights = {name: p for name, p in model.named_parameters(remove_duplicate=False) if p.ndim > 1}
+    # Coupled sites may have a span in common.
+    spans = dict.fromkeys(s for site in sites for s in site.rows if s.tensor in weights)
+    for span in spans:
+        rows = weights[span.tensor].detach().double().square()
         rows = rows.movedim(span.dim, 0).index_select(0, span.indices(every))
         squares += rows.reshape(len(squares), -1).sum(1)
     readers = {reader.module for site in sites for reader in site.readers}
     return Units(
         squares,
-        tuple(model.get_parameter(f"{sites[0].producers[0]}.weight").shape),
+        tuple(weights[next(iter(spans)).tensor].shape),
         first=any(graph.layers[0].name in site.producers for site in sites),
         last=not readers.isdisjoint(graph.outputs),
+        least=group.least,
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from neusemslice.graph import Graph, Inputs, called_layers, device_of, evaluation
+from neusemslice.graph import Graph, Inputs, device_of, evaluation, multiply_adds
 from neusemslice.slicing import Slice
 
 BATCH_SIZES = (1, 64)
@@ -29,7 +29,7 @@ class Cost:
 
     Attributes:
         parameters: number of them.
-        macs: multiply-adds of convolutions and linear layers for one sample.
+        macs: multiply-adds of convolutions, linear layers and fused experts for one sample.
         latency: seconds of a forward pass, by the size of the batch.
         model_bytes: of parameters and buffers.
         activation_bytes: the most that tensors between its operations take in a forward pass of
@@ -62,7 +62,7 @@ def measure(model: nn.Module, inputs: Inputs) -> Cost:
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
     return Cost(
         parameters=parameter_count(model),
-        macs=sum(layer.macs for layer in called_layers(model, inputs.head(2))),
+        macs=multiply_adds(model, inputs.head(2)),
         latency={size: latency(model, sized(size), seconds=0.15) for size in BATCH_SIZES},
         model_bytes=sum(tensor.nbytes for tensor in tensors),
         activation_bytes=activation_bytes(model, sized(1)),
@@ -146,10 +146,10 @@ def sliced_cost(model: nn.Module, graph: Graph, kept: Slice) -> tuple[int, int]:
             removed[span.tensor, span.dim] += gone * span.repeat
     sizes = {
         name: math.prod(size - removed[name, dim] for dim, size in enumerate(parameter.shape))
-        for name, parameter in model.named_parameters()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-    macs = 0
+    macs = graph.expert_macs
     for layer in graph.layers:
         weight = f"{layer.name}.weight"
         macs += layer.macs * sizes[weight] // max(1, model.get_parameter(weight).numel())
-    return sum(sizes.values()), macs
+    return sum(sizes[name] for name, _ in model.named_parameters()), macs

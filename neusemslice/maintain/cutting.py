@@ -21,6 +21,7 @@ from neusemslice.graph import (
     Site,
     cut,
     evaluation,
+    shares,
     tensors_in,
 )
 from neusemslice.slicing import Slice
@@ -83,17 +84,26 @@ def _run_with_sites(
     ``kept`` gives the widths of a cut model.
     """
     seen: dict[str, Tensor] = {}
+    readers = {site.readers[0].module: site for site in graph.sites}
+    width = {
+        site.name: site.neurons if kept is None else int(kept.mask(site.name).sum())
+        for site in graph.sites
+    }
 
     def hook_for(module: str) -> Callable[..., None]:
+        site = readers[module]
+
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[module] = (args[0] if args else kwargs["input"]).detach()
+            if site.readers[0].routed:
+                seen[module] = shares(args, kwargs, width[site.name])[0].detach()
+            else:
+                seen[module] = (args[0] if args else kwargs["input"]).detach()
 
         return hook
 
-    modules = {site.readers[0].module for site in graph.sites}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
-        for name in modules
+        for name in readers
     ]
     try:
         with evaluation(model), torch.no_grad():
@@ -103,8 +113,7 @@ def _run_with_sites(
             handle.remove()
     return output, {
         site.name: _reader_in(graph, site, kept).take(
-            seen[site.readers[0].module],
-            site.neurons if kept is None else int(kept.mask(site.name).sum()),
+            seen[site.readers[0].module], width[site.name]
         )
         for site in graph.sites
     }

@@ -24,6 +24,7 @@ from neusemslice.maintain.compensate import compensate as fit_layers
 from neusemslice.maintain.cost import Cost, measure
 from neusemslice.maintain.cost import latency as measure_latency
 from neusemslice.maintain.cutting import check_pruned, prune
+from neusemslice.maintain.pretrained import save_pretrained
 from neusemslice.maintain.saving import read_model, write_model
 from neusemslice.maintain.targets import checked_target, meet, removable
 from neusemslice.profiling import first_inputs
@@ -99,6 +100,16 @@ class Restructured:
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the model as it is now, its slice and the report to one file, atomically."""
         return write_model(path, self.model, self.kept, asdict(self.report))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Saves a model of transformers as it is now, for the library's own ``from_pretrained``.
+
+        Raises:
+            TypeError: for any other model.
+            ValueError: if no configuration describes it, because its layers were cut unequally or
+                the library has no number for what was cut; names the layers.
+        """
+        return save_pretrained(self.model, self.kept, folder)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> Restructured:

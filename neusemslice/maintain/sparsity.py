@@ -15,7 +15,7 @@ erk         shares in proportion to ``(inputs + outputs + kernel height + kernel
             2020)
 ==========  =====================================================================================
 
-A layer keeps at least one unit.
+A layer keeps at least one unit, experts as many as each token has.
 """
 
 from __future__ import annotations
@@ -43,12 +43,14 @@ class Units:
         shape: of the layer's weight: outputs, inputs, and the kernel's sizes.
         first: whether the layer reads the model's input.
         last: whether it gives the model's answer; of neurons, whether that layer reads them.
+        least: how many must stay.
     """
 
     squares: Tensor
     shape: tuple[int, ...]
     first: bool = False
     last: bool = False
+    least: int = 1
 
     def __len__(self) -> int:
         return len(self.squares)
@@ -71,8 +73,8 @@ def counts(method: Method, layers: Sequence[Units], keep: int) -> list[int]:
         rates = [1.0 if method == "uniform+" else _erk(units.shape) for units in layers]
         return _filled(rates, [len(units) for units in layers], least, keep)
     scores = [(_lamp if method == "lamp" else Tensor.clone)(units.squares) for units in layers]
-    for own in scores:
-        own[own.argmax()] = torch.inf  # one of each layer stays
+    for own, units in zip(scores, layers, strict=True):
+        own[strongest(own, units.least)] = torch.inf
     order = torch.cat(scores).sort(descending=True, stable=True).indices[:keep]
     bounds = torch.tensor([len(units) for units in layers]).cumsum(0)
     return torch.bincount(
@@ -83,9 +85,11 @@ def counts(method: Method, layers: Sequence[Units], keep: int) -> list[int]:
 def fewest(method: Method, layers: Sequence[Units]) -> list[int]:
     """How many units of each layer a method keeps at least."""
     if method != "uniform+":
-        return [1] * len(layers)
+        return [units.least for units in layers]
     return [
-        len(units) if units.first else max(1, round(LAST * len(units))) if units.last else 1
+        len(units)
+        if units.first
+        else max(units.least, round(LAST * len(units)) if units.last else 1)
         for units in layers
     ]
 

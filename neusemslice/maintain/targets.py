@@ -1,7 +1,7 @@
 """Meeting a target: the largest slice that does, and the plan of what it would leave.
 
-All groups grow together (``maintain/budgets.py``) until the next step of all is too much; then each
-group may take that step alone, those first that lose most without it.
+All groups grow together (``maintain/budgets.py``) until the next step is too much; then single
+groups take steps for what is left of the target, those first that win most by one.
 """
 
 from __future__ import annotations
@@ -199,16 +199,19 @@ def _filled(
     round_to: int,
     fits: Callable[[tuple[int, ...]], bool],
 ) -> tuple[int, ...]:
-    """One step more for each group that still fits, in the order of what it wins."""
-    more = [stepped(n + 1, group, round_to) for group, n in zip(groups, numbers, strict=True)]
-    won = [
-        float(group.losses[old] - group.losses[new])
-        for group, old, new in zip(groups, numbers, more, strict=True)
-    ]
-    for index in sorted(range(len(groups)), key=lambda i: -won[i]):
-        candidate = (*numbers[:index], more[index], *numbers[index + 1 :])
+    """Steps of single groups as long as any fits, those first that win most by one."""
+    open_groups = set(range(len(groups)))
+    while open_groups:
+        more = {i: stepped(numbers[i] + 1, groups[i], round_to) for i in open_groups}
+        best = max(
+            sorted(open_groups),
+            key=lambda i: float(groups[i].losses[numbers[i]] - groups[i].losses[more[i]]),
+        )
+        candidate = (*numbers[:best], more[best], *numbers[best + 1 :])
         if candidate != numbers and fits(candidate):
             numbers = candidate
+        else:
+            open_groups.remove(best)  # what is too much now will be too much later
     return numbers
 
 
@@ -221,4 +224,9 @@ def removable(wanted: Slice) -> Slice:
                 masks[name] = torch.ones_like(masks[name])
             elif not masks[name].any():
                 raise ValueError(f"restructure: no neuron of site {name} would be left")
+            elif int(masks[name].sum()) < group.least:
+                raise ValueError(
+                    f"restructure: site {name} must keep at least {group.least} neurons, as many "
+                    f"experts as each token has; {int(masks[name].sum())} would be left"
+                )
     return Slice(wanted.graph, masks)

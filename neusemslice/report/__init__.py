@@ -4,23 +4,43 @@ from neusemslice.report.faithfulness import Faithfulness, faithfulness
 from neusemslice.report.figures import plot_outcome, plot_slicing, plot_theta_curve
 from neusemslice.report.outcome import Outcome
 from neusemslice.report.outcome_table import print_outcome
+from neusemslice.report.planned import plan_table
 from neusemslice.report.readapted import print_readapted, readapted_table
+from neusemslice.report.restructured import (
+    ClassAccuracy,
+    class_accuracy,
+    components_table,
+    print_restructured,
+    refits_table,
+    removed_components,
+    restructured_table,
+    widths_table,
+)
 from neusemslice.report.tables import print_profile, print_slice, print_slicing
 from neusemslice.report.theta import ThetaCurve, theta_curve
 
 __all__ = [
+    "ClassAccuracy",
     "Faithfulness",
     "Outcome",
     "ThetaCurve",
+    "class_accuracy",
+    "components_table",
     "faithfulness",
+    "plan_table",
     "plot_outcome",
     "plot_slicing",
     "plot_theta_curve",
     "print_outcome",
     "print_profile",
     "print_readapted",
+    "print_restructured",
     "print_slice",
     "print_slicing",
     "readapted_table",
+    "refits_table",
+    "removed_components",
+    "restructured_table",
     "theta_curve",
+    "widths_table",
 ]
