@@ -10,7 +10,7 @@ from rich.console import Console
 import neusemslice as nss
 from neusemslice import Slice
 from neusemslice.maintain import plan
-from neusemslice.maintain.budgets import ranked
+from neusemslice.maintain.budgets import of_contribution, ranked
 from neusemslice.maintain.cost import sliced_cost
 from neusemslice.maintain.targets import removable
 from neusemslice.report import plan_table
@@ -33,6 +33,25 @@ def test_ranks_and_losses_by_hand():
     # Classes without a sample do not count; the mean of the two others.
     expected = torch.tensor([1.0, 0.65, 0.4, 0.15, 0.0], dtype=torch.float64)
     torch.testing.assert_close(found.losses, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("level", [0.0, 0.3, 0.65, 0.85, 1.0])
+def test_groups_keep_the_fewest_neurons_for_a_share_of_the_contribution(level):
+    _, slicing = made("lenet")
+    groups = ranked(slicing)
+    for group, count in zip(groups, of_contribution(groups, level, 1), strict=True):
+        kept = 1 - group.losses
+        assert kept[count] >= level - 1e-12
+        assert count == 1 or kept[count - 1] < level
+
+
+def test_a_share_of_the_contribution_is_not_missed_by_rounding():
+    _, slicing = made("lenet")
+    slicing.shares["0"] = torch.full((4, 4), 0.25, dtype=torch.float64)
+    slicing.shares["3"] = torch.full((4, 6), 1 / 6, dtype=torch.float64)
+    groups = ranked(slicing)
+    assert of_contribution(groups, 0.5, 1)[:2] == (2, 3)
+    assert of_contribution(groups, 5 / 6, 1)[:2] == (4, 5)
 
 
 def test_a_coupled_group_loses_what_its_most_hurt_site_loses():

@@ -2,8 +2,9 @@
 
 A group's neurons are ranked by their greatest share in the contribution to any one class. What a
 group loses with all but its first ``k`` is the share of the contribution, mean over the classes
-that were seen, that the others have: its sensitivity, known from the profile alone. Groups grow
-together along one level in [0, 1], see ``counts``.
+that were seen, that the others have: its sensitivity, known from the profile alone. To meet a
+target all groups keep the same share of their contribution, so that none is hurt more than others:
+redundant layers give up more neurons than those in which each one counts.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from neusemslice.graph import Graph, Group
 from neusemslice.slicing import SemanticSlicing, Slice
+
+_EPS = torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True)
@@ -61,17 +64,26 @@ def _ranked(slicing: SemanticSlicing, group: Group) -> Ranked:
     return Ranked(group, order, torch.stack(losses).amax(0))
 
 
-def counts(groups: Sequence[Ranked], level: float, round_to: int) -> list[int]:
-    """How many neurons each group keeps: this share of them, or its fewest.
+def of_share(groups: Sequence[Ranked], share: float, round_to: int) -> tuple[int, ...]:
+    """How many neurons each group keeps if each keeps this share of them, or its fewest."""
+    return _rounded(groups, [math.ceil(share * group.neurons) for group in groups], round_to)
 
-    Rounded up to multiples of ``round_to``, or all; groups that are kept whole keep all.
-    """
-    return [
+
+def of_contribution(groups: Sequence[Ranked], level: float, round_to: int) -> tuple[int, ...]:
+    """The fewest neurons of each group that keep this share of its contribution."""
+    # What is short by no more than the sum's own rounding is not short.
+    short = [group.losses > 1 - level + group.neurons * _EPS for group in groups]
+    return _rounded(groups, [int(group.sum()) for group in short], round_to)
+
+
+def _rounded(groups: Sequence[Ranked], numbers: Sequence[int], round_to: int) -> tuple[int, ...]:
+    """Multiples of ``round_to``, or all; all where a group is kept whole."""
+    return tuple(
         group.neurons
         if group.group.kept_whole
-        else stepped(max(group.group.least, math.ceil(level * group.neurons)), group, round_to)
-        for group in groups
-    ]
+        else stepped(max(group.group.least, number), group, round_to)
+        for group, number in zip(groups, numbers, strict=True)
+    )
 
 
 def stepped(count: int, group: Ranked, round_to: int) -> int:

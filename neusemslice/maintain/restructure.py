@@ -144,9 +144,10 @@ def restructure(
     """Removes the neurons outside a slice from a copy of the model.
 
     Without a target the critical slice (or the given ``Slice``) stays. With a target, every coupled
-    group keeps the same share of its neurons, the largest that meets the target, and those of
-    greatest share in the contribution to any one class; what is left of the target goes to the
-    groups that win most by it. ``nss.maintain.plan`` shows all that before anything is cut.
+    group keeps the same share of its contribution to the classes, the largest that meets the
+    target, by the fewest neurons; with ``keep``, the same share of its neurons. Those of greatest
+    share in the contribution to any one class stay. ``nss.maintain.plan`` shows all that before
+    anything is cut.
 
     Args:
         model: the one that the slicing was made from; it is left as it was.

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neusemslice.maintain.budgets import Ranked, counts, kept_slice, ranked, stepped
+from neusemslice.maintain.budgets import (
+    Ranked,
+    kept_slice,
+    of_contribution,
+    of_share,
+    ranked,
+    stepped,
+)
 from neusemslice.maintain.cost import sliced_cost
 from neusemslice.slicing import SemanticSlicing, Slice
 
@@ -157,10 +164,10 @@ def meet(
         return removable(kept_slice(graph, groups, numbers))
 
     def at(level: float) -> tuple[int, ...]:
-        return tuple(counts(groups, level, round_to))
+        return of_contribution(groups, level, round_to)
 
     if name == "keep":
-        return keeping(at(target))
+        return keeping(of_share(groups, target, round_to))
 
     whole_cost = sliced_cost(model, graph, Slice.whole(graph))
 
@@ -181,7 +188,7 @@ def meet(
         )
     low, high = 0.0, 1.0
     if name != "latency" and share_left(at(high)) <= target:
-        return keeping(at(high))
+        low = high
     # Counted costs are met more finely than by one neuron of any layer that fits in memory. A
     # measured one is not known better than to a few percent.
     for _ in range(7 if name == "latency" else 24):
