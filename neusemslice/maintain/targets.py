@@ -75,7 +75,7 @@ def plan(
     macs: float | None = None,
     params: float | None = None,
     keep: float | None = None,
-    round_to: int = 1,
+    round_to: int | None = None,
 ) -> Plan:
     """What ``restructure`` would keep for a target, group by group, without running the model.
 
@@ -91,7 +91,7 @@ def plan(
     target = checked_target("plan", {"macs": macs, "params": params, "keep": keep}, round_to)
     slicing.critical_slice().check_model(model)
     graph = slicing.profile.graph
-    groups = ranked(slicing)
+    groups = ranked(slicing, 1)
     if target is None:
         kept = removable(slicing.critical_slice())
     else:
@@ -118,7 +118,7 @@ def plan(
 
 
 def checked_target(
-    caller: str, targets: Mapping[str, float | None], round_to: int
+    caller: str, targets: Mapping[str, float | None], round_to: int | None
 ) -> tuple[str, float] | None:
     """The one target that is given, by name; none if there is none.
 
@@ -131,7 +131,7 @@ def checked_target(
     for name, value in chosen.items():
         if not 0 < value <= 1:
             raise ValueError(f"{caller}: {name} must lie in (0, 1], got {value}")
-    if round_to < 1:
+    if round_to is not None and round_to < 1:
         raise ValueError(f"{caller}: round_to must be at least 1, got {round_to}")
     return next(iter(chosen.items()), None)
 
@@ -141,7 +141,7 @@ def meet(
     slicing: SemanticSlicing,
     name: str,
     target: float,
-    round_to: int,
+    round_to: int | None,
     latency_left: Callable[[Slice], float] | None = None,
 ) -> Slice:
     """The largest slice that meets the target and may be cut.
@@ -151,23 +151,40 @@ def meet(
         slicing: ranks each group's neurons.
         name: of the target: "macs", "params", "latency" or "keep".
         target: in (0, 1], the share to keep at most; of "keep", the share of each group's neurons.
-        round_to: each group keeps a multiple of this, or all.
+        round_to: each group keeps a multiple of this, or all; with None, of what makes it fast if
+            the target is about speed and can be met so.
         latency_left: measures what a slice would leave of the whole model's latency.
 
     Raises:
         ValueError: if the target cannot be met.
     """
+    rest = functools.partial(_met, model, slicing, name, target, latency_left=latency_left)
+    if round_to is None and name in ("macs", "latency"):
+        try:
+            return rest(ranked(slicing, None))
+        except ValueError:
+            return rest(ranked(slicing, 1))
+    return rest(ranked(slicing, round_to or 1))
+
+
+def _met(
+    model: nn.Module,
+    slicing: SemanticSlicing,
+    name: str,
+    target: float,
+    groups: list[Ranked],
+    latency_left: Callable[[Slice], float] | None,
+) -> Slice:
     graph = slicing.profile.graph
-    groups = ranked(slicing)
 
     def keeping(numbers: tuple[int, ...]) -> Slice:
         return removable(kept_slice(graph, groups, numbers))
 
     def at(level: float) -> tuple[int, ...]:
-        return of_contribution(groups, level, round_to)
+        return of_contribution(groups, level)
 
     if name == "keep":
-        return keeping(of_share(groups, target, round_to))
+        return keeping(of_share(groups, target))
 
     whole_cost = sliced_cost(model, graph, Slice.whole(graph))
 
@@ -197,19 +214,18 @@ def meet(
     numbers = at(low)
     if name == "latency":
         return keeping(numbers)
-    return keeping(_filled(groups, numbers, round_to, lambda more: share_left(more) <= target))
+    return keeping(_filled(groups, numbers, lambda more: share_left(more) <= target))
 
 
 def _filled(
     groups: list[Ranked],
     numbers: tuple[int, ...],
-    round_to: int,
     fits: Callable[[tuple[int, ...]], bool],
 ) -> tuple[int, ...]:
     """Steps of single groups as long as any fits, those first that win most by one."""
     open_groups = set(range(len(groups)))
     while open_groups:
-        more = {i: stepped(numbers[i] + 1, groups[i], round_to) for i in open_groups}
+        more = {i: stepped(numbers[i] + 1, groups[i]) for i in open_groups}
         best = max(
             sorted(open_groups),
             key=lambda i: float(groups[i].losses[numbers[i]] - groups[i].losses[more[i]]),
