@@ -209,10 +209,10 @@ def _fewer_weights(
         torch.where(mask, model.get_parameter(name).detach().double().square(), -1.0)
         for name, mask in masks.items()
     ]
-    ends = (0, len(squares) - 1)
+    last = len(squares) - 1
     layers = [
-        Units(own.flatten().clamp_min(0), tuple(own.shape), *(number == end for end in ends))
-        for number, own in enumerate(squares)
+        Units(own.flatten().clamp_min(0), tuple(own.shape), first=i == 0, last=i == last)
+        for i, own in enumerate(squares)
     ]
     now = sum(int(mask.sum()) for mask in masks.values())
     keep = round(left * sum(map(len, layers)))
