@@ -9,8 +9,9 @@ from models import Mlp
 from restructured import NETWORKS, build, case
 from test_restructure import TOLERANCE
 
+import neusemslice as nss
 from neusemslice import Slice
-from neusemslice.graph import cut, logits_of
+from neusemslice.graph import cut, fingerprint, logits_of
 from neusemslice.maintain import Restructured, Undo, finetune, regrow
 
 
@@ -147,6 +148,18 @@ class TestRefusals:
         small = dataclasses.replace(made.small, model=trained(made))
         with pytest.raises(ValueError, match=message):
             regrow(small, undo, small.kept, calibration=made.batches)
+
+    def test_an_undo_of_other_neurons(self):
+        """As many of them, so that all sizes fit."""
+        made, undo = self.made()
+        graph = made.small.kept.graph
+        turned = {name: mask.flip(0) for name, mask in made.small.kept.masks().items()}
+        other = nss.restructure(
+            made.model, Slice(graph, turned), calibration=made.batches, compensate=False
+        )
+        assert fingerprint(other.model) == fingerprint(made.small.model)
+        with pytest.raises(ValueError, match="regrow: the undo must be of what the model holds"):
+            regrow(other, undo, made.small.kept, calibration=made.batches, compensate=False)
 
     def test_a_change_where_compensation_changed_nothing(self):
         made, undo = self.made()
