@@ -10,6 +10,9 @@ parameter is found as the heads are (attention.py): some heads' share of it is m
 heads' features must change at the reader and no others. How many heads there are may also stand in
 numbers of the attention's module, which have customary names. Numbers in a configuration, which
 other modules share, are cut only where the model does not run otherwise.
+
+A model that several ranks share has no tensors that could be cut or moved; its graph says what
+tracing found, and a cut is proven later, as every cut is.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from neusemslice.graph.attention import Attention, Heads, Parts, halves
 from neusemslice.graph.cut import lower
 from neusemslice.graph.layers import in_features, mixes_neurons, out_features
 from neusemslice.graph.probe import Probe
+from neusemslice.graph.sharding import is_sharded
 from neusemslice.graph.sites import Count, Graph, Span
 
 _NUMBERS = frozenset(
@@ -47,15 +51,17 @@ def find_parts(heads: Mapping[Attention, Heads | str], probe: Probe) -> dict[Att
     names = {module: name for name, module in probe.model.named_modules()}
     divided = {a: answer for a, answer in heads.items() if isinstance(answer, Heads)}
     homes = {a: home_of(a.sources, names) for a in divided}
-    tables = _tables(divided, homes, names, probe)
+    tables = {} if _is_shared(probe) else _tables(divided, homes, names, probe)
     return {
-        a: Parts(tables[a], counts_in(probe.model, homes[a], answer.neurons))
+        a: Parts(tables.get(a, ()), counts_in(probe.model, homes[a], answer.neurons))
         for a, answer in divided.items()
     }
 
 
 def tried_out(graph: Graph, probe: Probe) -> Graph:
     """The graph, with groups that the model cannot lose neurons of kept whole."""
+    if _is_shared(probe):
+        return graph
     found = with_problems(graph, lambda groups: _problem(graph, groups, probe))
     for index, group in enumerate(found.groups):
         if group.kept_whole and not graph.groups[index].kept_whole and len(group.sites) == 1:
@@ -63,6 +69,10 @@ def tried_out(graph: Graph, probe: Probe) -> Graph:
             if not _problem(with_shared, [index], probe):
                 found = _with_reason(with_shared, index, "")
     return found
+
+
+def _is_shared(probe: Probe) -> bool:
+    return any(is_sharded(module) for module in probe.model.modules())
 
 
 def with_problems(graph: Graph, problem: Callable[[Collection[int]], str]) -> Graph:
