@@ -47,6 +47,20 @@ def test_the_parent_comes_back_bit_for_bit(tmp_path, name):
             assert torch.equal(value, before[key])
 
 
+def test_on_each_device(tmp_path, device):
+    """Saved, loaded, undone and regrown where the model is; batches stay where they were."""
+    made = case("residual")
+    model = build("residual").to(device)
+    small = nss.restructure(model, made.small.kept, calibration=made.batches)
+    undo = Undo.between(model, small.model, small.kept)
+    again = Restructured.load(small.save(tmp_path / "model"), build("residual").to(device))
+    assert_same(again.model, small.model)
+    assert_same(undo.parent(again.model), model)
+    whole = Slice.whole(small.kept.graph)
+    grown = regrow(again, undo, whole, calibration=made.batches, compensate=False)
+    assert grown.model.head.weight.device.type == device.type
+
+
 def test_its_size_is_that_of_what_was_removed_and_changed(tmp_path):
     made = case("lenet", compensate=False)
     undo = Undo.between(made.model, made.small.model, made.small.kept)
