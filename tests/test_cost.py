@@ -5,7 +5,7 @@ from models import lenet
 from torch import nn
 
 from neusemslice.graph import Inputs
-from neusemslice.maintain import measure
+from neusemslice.maintain import latency, measure
 from neusemslice.maintain.cost import activation_bytes
 
 
@@ -17,6 +17,20 @@ def test_sizes_are_those_of_parameters_and_buffers():
     assert cost.macs == 36 * 64 + 216 * 16 + 960 + 40
     assert set(cost.latency) == {1, 64}
     assert all(seconds > 0 for seconds in cost.latency.values())
+
+
+def test_a_pass_that_takes_long_is_repeated_less():
+    calls = []
+
+    class Counting(nn.Identity):
+        def forward(self, x):
+            calls.append(0)
+            return x
+
+    latency(Counting(), Inputs((torch.randn(1, 4),)), seconds=0.0)
+    assert len(calls) == 1 + 3
+    latency(Counting(), Inputs((torch.randn(1, 4),)), seconds=0.01)
+    assert len(calls) >= 4 + 3 + 10
 
 
 def test_the_most_that_lives_at_once():

@@ -38,6 +38,7 @@ def answer(model, name):
         ("qwen2", (), {"intermediate_size": 12, "num_attention_heads": 2}),
         ("qwen3", (), {"intermediate_size": 12, "num_attention_heads": 2, "head_dim": 8}),
         ("vit", (), {"intermediate_size": 12, "num_attention_heads": 2, "head_dim": 4}),
+        ("mixtral", (), {"num_local_experts": 2, "num_key_value_heads": 1}),
         ("gpt2", ("attn",), {"n_inner": 32, "n_head": 4}),
         ("bert", ("attention", "pooler"), {"intermediate_size": 12, "num_attention_heads": 4}),
     ],

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import transformers
 from models import IMAGES, Reused, Tied, images, settled
 from torch import Tensor, nn
-from transformer_models import CONFIGS, CONVNETS, GPT2, LLAMA, batch, convnet, transformer
+from transformer_models import CONFIGS, CONVNETS, GPT2, LLAMA, OTHERS, batch, convnet, transformer
 
 from neusemslice.graph import Inputs, cut, trace
 from neusemslice.maintain.cost import parameter_count, sliced_cost
@@ -132,7 +132,9 @@ def network(name):
     if name in NETWORKS:
         return NETWORKS[name]()
     inputs = Inputs(kwargs=batch(name))
-    return (convnet(name) if name in CONVNETS else transformer(name)), inputs
+    if name in CONVNETS:
+        return convnet(name), inputs
+    return transformer(name, "eager" if name in OTHERS else "sdpa"), inputs
 
 
 def some(graph, seed):
@@ -151,7 +153,7 @@ def some(graph, seed):
     return Slice(graph, masks)
 
 
-ALL = [*NETWORKS, *CONVNETS, *CONFIGS]
+ALL = [*NETWORKS, *CONVNETS, *CONFIGS, *OTHERS]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -193,6 +195,12 @@ class TestKeptWhole:
             ("grouped", "first", "grouped is a grouped convolution"),
             ("grouped", "third", "norm (GroupNorm) mixes"),
             ("vit", "vit.layers.0.attention.o_proj", "(LayerNorm) mixes or transforms neurons"),
+            (
+                "bloom",
+                "transformer.h.0.self_attention.query_key_value",
+                "does not run without some",
+            ),
+            ("olmo2", "model.layers.0.self_attn.v_proj", "does not run without some"),
             ("tied gpt2", "transformer.h.0.attn.c_proj", "lm_head shares a parameter with another"),
         ],
     )

@@ -23,21 +23,22 @@ cut = functools.partial(nss.restructure, compensate=False)
 X = images(9, 1, 8, 8, seed=1)
 
 
-def made(name="lenet", threshold=0.8):
+def made(name="lenet", threshold=0.8, device="cpu"):
     torch.manual_seed(1)
-    model = settled(IMAGES[name](), 1, 8, 8)
+    model = settled(IMAGES[name](), 1, 8, 8, device=device)
     return model, nss.slice(nss.profile(model, BATCHES), threshold=threshold)
 
 
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("keep", [0.3, 0.7])
-def test_pruned_equals_masked(name, keep):
-    model, slicing = made(name)
+def test_pruned_equals_masked(name, keep, device):
+    model, slicing = made(name, device=device)
+    x = X.to(device)
     before = copy.deepcopy(model.state_dict())
     result = cut(model, slicing, calibration=BATCHES, keep=keep)
     with result.kept.applied(model):
-        masked = model(X)
-    pruned = result.model(X)
+        masked = model(x)
+    pruned = result.model(x)
     assert (pruned - masked).abs().max() <= TOLERANCE * masked.abs().max()
     assert result.report.difference <= TOLERANCE
     if name == "grouped":  # nothing of it may be removed one by one

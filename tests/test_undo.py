@@ -9,8 +9,9 @@ from models import Mlp
 from restructured import NETWORKS, build, case
 from test_restructure import TOLERANCE
 
+import neusemslice as nss
 from neusemslice import Slice
-from neusemslice.graph import cut, logits_of
+from neusemslice.graph import cut, fingerprint, logits_of
 from neusemslice.maintain import Restructured, Undo, finetune, regrow
 
 
@@ -44,6 +45,20 @@ def test_the_parent_comes_back_bit_for_bit(tmp_path, name):
         assert torch.equal(*answers)
         for key, value in small.state_dict().items():
             assert torch.equal(value, before[key])
+
+
+def test_on_each_device(tmp_path, device):
+    """Saved, loaded, undone and regrown where the model is; batches stay where they were."""
+    made = case("residual")
+    model = build("residual").to(device)
+    small = nss.restructure(model, made.small.kept, calibration=made.batches)
+    undo = Undo.between(model, small.model, small.kept)
+    again = Restructured.load(small.save(tmp_path / "model"), build("residual").to(device))
+    assert_same(again.model, small.model)
+    assert_same(undo.parent(again.model), model)
+    whole = Slice.whole(small.kept.graph)
+    grown = regrow(again, undo, whole, calibration=made.batches, compensate=False)
+    assert grown.model.head.weight.device.type == device.type
 
 
 def test_its_size_is_that_of_what_was_removed_and_changed(tmp_path):
@@ -147,6 +162,18 @@ class TestRefusals:
         small = dataclasses.replace(made.small, model=trained(made))
         with pytest.raises(ValueError, match=message):
             regrow(small, undo, small.kept, calibration=made.batches)
+
+    def test_an_undo_of_other_neurons(self):
+        """As many of them, so that all sizes fit."""
+        made, undo = self.made()
+        graph = made.small.kept.graph
+        turned = {name: mask.flip(0) for name, mask in made.small.kept.masks().items()}
+        other = nss.restructure(
+            made.model, Slice(graph, turned), calibration=made.batches, compensate=False
+        )
+        assert fingerprint(other.model) == fingerprint(made.small.model)
+        with pytest.raises(ValueError, match="regrow: the undo must be of what the model holds"):
+            regrow(other, undo, made.small.kept, calibration=made.batches, compensate=False)
 
     def test_a_change_where_compensation_changed_nothing(self):
         made, undo = self.made()

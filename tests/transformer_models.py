@@ -65,6 +65,43 @@ CONFIGS = {
         LLAMA | {"num_local_experts": 4, "experts_implementation": "eager"},
     ),
 }
+EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+OTHERS = {
+    "mistral": (
+        transformers.MistralForSequenceClassification,
+        transformers.MistralConfig,
+        LLAMA | {"head_dim": 4},
+    ),
+    "olmo2": (transformers.Olmo2ForCausalLM, transformers.Olmo2Config, LLAMA),
+    "bloom": (
+        transformers.BloomForSequenceClassification,
+        transformers.BloomConfig,
+        {
+            "vocab_size": 50,
+            "hidden_size": 16,
+            "n_layer": 2,
+            "n_head": 4,
+            "num_labels": 3,
+            "pad_token_id": 0,
+        },
+    ),
+    "gpt-neox": (
+        transformers.GPTNeoXForSequenceClassification,
+        transformers.GPTNeoXConfig,
+        TEXT,
+    ),
+    "gpt-oss": (
+        transformers.GptOssForSequenceClassification,
+        transformers.GptOssConfig,
+        LLAMA | EXPERTS | {"head_dim": 4, "num_local_experts": 4},
+    ),
+    "qwen3-moe": (
+        transformers.Qwen3MoeForSequenceClassification,
+        transformers.Qwen3MoeConfig,
+        LLAMA | EXPERTS | {"head_dim": 4, "num_experts": 4, "moe_intermediate_size": 12},
+    ),
+}
+"""Further texts' models, with something that those above have not."""
 CONVNETS = {
     "resnet": (
         transformers.ResNetForImageClassification,
@@ -98,8 +135,8 @@ def convnet(name: str) -> nn.Module:
 
 
 def transformer(name: str, attention: str = "sdpa", **changes: object) -> nn.Module:
-    """One of ``CONFIGS`` in evaluation mode, with biases and norms that are not trivial."""
-    cls, config, settings = CONFIGS[name]
+    """One of the texts' or images' models, with biases and norms that are not trivial."""
+    cls, config, settings = (CONFIGS | OTHERS)[name]
     torch.manual_seed(0)
     model = cls(config(**settings | changes, attn_implementation=attention))
     with torch.no_grad():

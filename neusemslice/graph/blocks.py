@@ -80,10 +80,12 @@ FAMILIES = {
     "BertSelfAttention": Family("attention_head_size"),
     "GPT2Attention": Family(),
     "LlamaAttention": Family(),
+    "MistralAttention": Family(),
     "MixtralAttention": Family(),
     "Phi3Attention": Family(shared=True),
     "Qwen2Attention": Family(),
     "Qwen3Attention": Family(),
+    "Qwen3MoeAttention": Family(),
     "SwinAttention": Family(
         tables=(("relative_position_bias.relative_position_bias_table", 1),), windows=True
     ),

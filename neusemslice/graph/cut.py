@@ -29,16 +29,12 @@ def cut(model: nn.Module, graph: Graph, masks: Mapping[str, Tensor]) -> nn.Modul
         model: left as it was. Its sites must be the graph's.
         masks: per site a bool ``[C]``; a site left out keeps all.
     """
-    tensors = {
-        name: tensor
-        for named in (model.named_parameters, model.named_buffers)
-        for name, tensor in named(remove_duplicate=False)
-    }
+    tensors = tensors_of(model)
     # Deep copies take what the memo has for an object instead of copying it, so every module that
     # has the same tensor also has the same smaller one.
     memo: dict[int, Any] = {}
     touched: set[str] = set()
-    for name, dims in _left(graph, masks, tensors).items():
+    for name, dims in left_in(graph, masks, tensors).items():
         whole = tensors[name]
         part = memo.get(id(whole), whole).detach()
         for dim, left in dims.items():
@@ -51,7 +47,7 @@ def cut(model: nn.Module, graph: Graph, masks: Mapping[str, Tensor]) -> nn.Modul
     for name in touched:
         if is_layer(whole_layer := model.get_submodule(name)):
             _fit(result.get_submodule(name), whole_layer)
-    for module_name, attribute, less in _fewer(graph, masks):
+    for module_name, attribute, less in fewer_in(graph, masks):
         lower(result.get_submodule(module_name), attribute, less)
     return result
 
@@ -66,7 +62,16 @@ def lower(module: nn.Module, name: str, less: int) -> None:
     setattr(owner, inner, getattr(owner, inner) - less)
 
 
-def _left(
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; those that modules share by each of their names."""
+    return {
+        name: tensor
+        for named in (model.named_parameters, model.named_buffers)
+        for name, tensor in named(remove_duplicate=False)
+    }
+
+
+def left_in(
     graph: Graph, masks: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[int, Tensor]]:
     """Per tensor and dimension that loses indices, which are left, bool."""
@@ -85,7 +90,7 @@ def _left(
     return left
 
 
-def _fewer(graph: Graph, masks: Mapping[str, Tensor]) -> Iterator[tuple[str, str, int]]:
+def fewer_in(graph: Graph, masks: Mapping[str, Tensor]) -> Iterator[tuple[str, str, int]]:
     """Modules, their numbers that count neurons, and by how much each falls."""
     for site in graph.sites:
         if site.name in masks and (gone := int((~masks[site.name]).sum())):

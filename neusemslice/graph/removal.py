@@ -10,6 +10,9 @@ parameter is found as the heads are (attention.py): some heads' share of it is m
 heads' features must change at the reader and no others. How many heads there are may also stand in
 numbers of the attention's module, which have customary names. Numbers in a configuration, which
 other modules share, are cut only where the model does not run otherwise.
+
+A model that several ranks share has no tensors that could be cut or moved; its graph says what
+tracing found, and a cut is proven later, as every cut is.
 """
 
 from __future__ import annotations
@@ -25,9 +28,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from neusemslice.graph.attention import Attention, Heads, Parts, halves
-from neusemslice.graph.cut import lower
-from neusemslice.graph.layers import in_features, mixes_neurons, out_features
+from neusemslice.graph.cut import fewer_in, left_in, lower, tensors_of
+from neusemslice.graph.layers import in_features, mixes_neurons, weight_dims
 from neusemslice.graph.probe import Probe
+from neusemslice.graph.sharding import is_sharded
 from neusemslice.graph.sites import Count, Graph, Span
 
 _NUMBERS = frozenset(
@@ -47,15 +51,17 @@ def find_parts(heads: Mapping[Attention, Heads | str], probe: Probe) -> dict[Att
     names = {module: name for name, module in probe.model.named_modules()}
     divided = {a: answer for a, answer in heads.items() if isinstance(answer, Heads)}
     homes = {a: home_of(a.sources, names) for a in divided}
-    tables = _tables(divided, homes, names, probe)
+    tables = {} if _is_shared(probe) else _tables(divided, homes, names, probe)
     return {
-        a: Parts(tables[a], counts_in(probe.model, homes[a], answer.neurons))
+        a: Parts(tables.get(a, ()), counts_in(probe.model, homes[a], answer.neurons))
         for a, answer in divided.items()
     }
 
 
 def tried_out(graph: Graph, probe: Probe) -> Graph:
     """The graph, with groups that the model cannot lose neurons of kept whole."""
+    if _is_shared(probe):
+        return graph
     found = with_problems(graph, lambda groups: _problem(graph, groups, probe))
     for index, group in enumerate(found.groups):
         if group.kept_whole and not graph.groups[index].kept_whole and len(group.sites) == 1:
@@ -63,6 +69,10 @@ def tried_out(graph: Graph, probe: Probe) -> Graph:
             if not _problem(with_shared, [index], probe):
                 found = _with_reason(with_shared, index, "")
     return found
+
+
+def _is_shared(probe: Probe) -> bool:
+    return any(is_sharded(module) for module in probe.model.modules())
 
 
 def with_problems(graph: Graph, problem: Callable[[Collection[int]], str]) -> Graph:
@@ -74,7 +84,7 @@ def with_problems(graph: Graph, problem: Callable[[Collection[int]], str]) -> Gr
     """
     free = [i for i, group in enumerate(graph.groups) if not group.kept_whole]
     free = [i for i in free if graph.site(graph.groups[i].sites[0]).neurons > 1]
-    if problem(free):
+    if free and problem(free):
         for index in free:
             graph = _with_reason(graph, index, problem([index]))
     return graph
@@ -171,32 +181,31 @@ def _with_shared(graph: Graph, name: str, model: nn.Module) -> Graph:
 def _problem(graph: Graph, groups: Collection[int], probe: Probe) -> str:
     """Why the groups together cannot lose every other neuron; empty if they can."""
     model = probe.model
-    sites = {s.name: s for s in graph.sites if s.group in groups}
-    masks = {name: next(halves(site.neurons)) for name, site in sites.items()}
-    layers = {name: model.get_submodule(name) for name in (layer.name for layer in graph.layers)}
+    sites = [site for site in graph.sites if site.group in groups]
+    masks = {site.name: next(halves(site.neurons)) for site in sites}
+    layers = {layer.name: model.get_submodule(layer.name) for layer in graph.layers}
+    tensors = tensors_of(model)
     kept: dict[nn.Module, Tensor] = {}
     readers: dict[nn.Module, Tensor] = {}
     try:
         with ExitStack() as stack:
-            for name, site in sites.items():
-                mask, gone = masks[name], (~masks[name]).nonzero().squeeze(1)
-                for span in site.rows:
-                    owner, _, tensor = span.tensor.rpartition(".")
-                    if owner not in layers:
-                        stack.enter_context(_cut(model.get_submodule(owner), tensor, span, mask))
-                    elif tensor == "weight":
-                        layer = layers[owner]
-                        every = torch.ones(out_features(layer), dtype=torch.bool)
-                        kept.setdefault(layer, every)[span.indices(gone)] = False
+            for tensor, dims in left_in(graph, masks, tensors).items():
+                owner, _, name = tensor.rpartition(".")
+                if owner not in layers:
+                    stack.enter_context(_cut(model.get_submodule(owner), name, dims))
+                elif name == "weight" and (rows := weight_dims(layers[owner])[0]) in dims:
+                    kept[layers[owner]] = dims[rows]
+            for site in sites:
+                gone = (~masks[site.name]).nonzero().squeeze(1)
                 for reader in site.readers:
                     layer = layers[reader.module]
                     every = torch.ones(in_features(layer), dtype=torch.bool)
                     there = Span("", 0, reader.start, reader.repeat)
                     readers.setdefault(layer, every)[there.indices(gone)] = False
-                for count in site.counts:
-                    module = model.get_submodule(count.module)
-                    stack.enter_context(_kept(module, count.name.partition(".")[0]))
-                    lower(module, count.name, count.per_neuron * len(gone))
+            for owner, number, less in fewer_in(graph, masks):
+                module = model.get_submodule(owner)
+                stack.enter_context(_kept(module, number.partition(".")[0]))
+                lower(module, number, less)
             fitting = probe.fits(kept, readers)
     except Exception as error:
         # A model that cannot run so may raise anything.
@@ -206,12 +215,11 @@ def _problem(graph: Graph, groups: Collection[int], probe: Probe) -> str:
 
 
 @contextmanager
-def _cut(module: nn.Module, name: str, span: Span, mask: Tensor) -> Iterator[None]:
-    """Inside the block, a tensor has those of its indices only that belong to some neurons."""
-    whole = getattr(module, name).detach()
-    left = torch.ones(whole.shape[span.dim], dtype=torch.bool)
-    left[span.indices((~mask).nonzero().squeeze(1))] = False
-    part = whole.index_select(span.dim, left.nonzero().squeeze(1).to(whole.device))
+def _cut(module: nn.Module, name: str, dims: Mapping[int, Tensor]) -> Iterator[None]:
+    """Inside the block, a tensor has some of its indices along some dimensions."""
+    part = getattr(module, name).detach()
+    for dim, left in dims.items():
+        part = part.index_select(dim, left.nonzero().squeeze(1).to(part.device))
     with _swapped(module, name, part):
         yield
 

@@ -44,6 +44,11 @@ def regrow(
             does not give the parent because the model was trained since, and as ``restructure``.
         RuntimeError: as ``restructure``.
     """
+    if small.kept != undo.kept:
+        raise ValueError(
+            f"regrow: the undo must be of what the model holds, {small.kept!r}, got that of "
+            f"{undo.kept!r}"
+        )
     whole = undo.whole(small.model)
     parent = undo.parent(small.model) if compensate else whole
     inputs = first_inputs(calibration, "regrow", device_of(whole))

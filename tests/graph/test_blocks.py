@@ -10,10 +10,21 @@ import torch
 import transformers
 from models import Mlp, images
 from torch import nn
-from transformer_models import CONFIGS, CONVNETS, LLAMA, Attending, batch, convnet, transformer
+from transformer_models import (
+    CONFIGS,
+    CONVNETS,
+    LLAMA,
+    Attending,
+    batch,
+    batches,
+    convnet,
+    transformer,
+)
 
+import neusemslice as nss
 from neusemslice.graph import Inputs, cut, trace
 from neusemslice.maintain.cost import sliced_cost
+from neusemslice.maintain.cutting import TOLERANCE
 from neusemslice.slicing import Slice
 
 
@@ -28,7 +39,7 @@ def removable(graph):
 
 class TestEqualsTracing:
     @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-    @pytest.mark.parametrize("name", CONFIGS)
+    @pytest.mark.parametrize("name", [*CONFIGS, "mistral", "qwen3-moe"])
     def test_transformers(self, name, attention):
         model, inputs = transformer(name, attention), Inputs(kwargs=batch(name))
         traced, built = trace(model, inputs), trace(on_meta(model), inputs)
@@ -176,3 +187,13 @@ class TestScale:
         before = copy.deepcopy(model.state_dict())
         assert trace(model, inputs) == trace(on_meta(model), inputs)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+    @pytest.mark.parametrize("name", ["llama", "mixtral"])
+    def test_from_profile_to_smaller_model(self, name, monkeypatch):
+        monkeypatch.setattr(sys.modules[trace.__module__], "LARGE", 1000)
+        model, data = transformer(name), batches(name)
+        slicing = nss.slice(nss.profile(model, data, ("avg", "taylor")))
+        small = nss.restructure(model, slicing, calibration=data, params=0.8, compensate=False)
+        assert small.report.difference <= TOLERANCE
+        assert not small.report.kept_whole
+        assert small.report.after.parameters <= 0.8 * small.report.before.parameters

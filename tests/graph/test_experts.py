@@ -260,3 +260,33 @@ class TestRemoval:
         small = nss.restructure(model, slicing, calibration=data, keep=0.1, compensate=False)
         assert small.report.widths[EXPERTS.format(0)] == (4, 2)
         assert small.report.widths["model.layers.0.self_attn.v_proj"] == (2, 1)
+
+
+class TestMaintenance:
+    def test_a_tuned_expert_is_its_shares_and_no_others(self):
+        model = transformer("mixtral")
+        data = batches("mixtral")
+        slicing = nss.slice(nss.profile(model, data, sites=["*experts"]))
+        fitted = nss.readapt(model, slicing, data, budget=0.4, epochs=1, validation=None)
+        assert len(fitted.tuned) > 0
+        for site in slicing.profile.graph.sites:
+            tuned = fitted.tuned.mask(site.name)
+            for span in site.rows:
+                own = [m.get_parameter(span.tensor) for m in (model, fitted.model)]
+                changed = (own[0] != own[1]).flatten(1).any(1)
+                assert not (changed & ~tuned).any(), span.tensor
+
+    def test_new_classes_leave_the_old_answers(self):
+        model = transformer("mixtral", num_labels=6)
+        slicing = nss.slice(nss.profile(model, batches("mixtral")))
+        new = [b | {"labels": b["labels"] + 3} for b in batches("mixtral", 2)]
+        grown = nss.extend(model, slicing, new, capacity=0.5, epochs=1)
+        assert grown.report.unchanged
+        mask = grown.frozen.mask(EXPERTS.format(0))
+        assert 0 < int(mask.sum()) < 4
+
+    def test_deeplift_is_refused(self):
+        model = transformer("mixtral")
+        data, baseline = batches("mixtral"), torch.zeros(1, 7, dtype=torch.long)
+        with pytest.raises(NotImplementedError, match=r"topk in model\.layers\.0\.mlp\.gate"):
+            nss.profile(model, data, ("deeplift",), baseline=baseline)
