@@ -11,8 +11,8 @@ looked at once, after the last step.
 With slicing first, the model is restructured and compensated, then fine-tuned for as many steps as
 in any iteration; that is its first one. How small it is made, the same validation images decide
 before any training: the smallest share of the parameters, in steps of 0.1, whose compensated model
-is within ``AHEAD`` budgets. Should it not come back within the budget, the next larger share is
-tried, and the iteration counts.
+is within the budget. Should fine-tuning spoil it, the next larger share is tried, and the iteration
+counts.
 
 Every finished run is kept in ``build/compression.json``: an interrupted study goes on behind it.
 The last line is one JSON object: per workload, with slicing first, `vs_without`, how many times
@@ -42,8 +42,7 @@ from neusemslice.maintain import compress, finetune, parameter_count, score
 from neusemslice.maintain.sparsity import METHODS
 
 KEPT = Path(__file__).parents[1] / "build" / "compression.json"
-SHARES = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-AHEAD = 3
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 STEP = 0.2
 RATE = 1e-3
 
@@ -161,17 +160,17 @@ class Study(Runs):
     @cached_property
     def sliced(self) -> tuple[nn.Module, int]:
         """The model that compression goes on from, and the iterations that it took."""
-        limit = self.whole - AHEAD * self.subject.budget
+        least = self.whole - self.subject.budget
         tried = 0
         for share in SHARES:
             key = f"{self.subject.name}, {share:g} of the parameters, untrained"
             found = self.once(key, partial(self.untrained, share))
-            if found is None or found < limit:
+            if found is None or found < least:
                 continue
             model, tried = self.restructured(share), tried + 1
             finetune(model, self.subject.training(self.steps), epochs=1, lr=RATE)
             trained = score(model, self.subject.validation, "sliced").accuracy
-            if trained >= self.whole - self.subject.budget:
+            if trained >= least:
                 return model, tried
         return self.subject.model, tried
 
