@@ -153,8 +153,15 @@ def restructure(
         float | None, typer.Option(help="Share of a forward pass's time to keep at most.")
     ] = None,
     round_to: Annotated[
-        int, typer.Option(help="With a target, each group keeps a multiple of this, or all.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="With a target, each group keeps a multiple of this, or all; by default what is "
+            "fast if the target is about speed."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what each layer would keep, and cut nothing.")
+    ] = False,
     compensate: Annotated[
         bool, typer.Option(help="Fit what is left to what the whole model answers.")
     ] = True,
@@ -166,9 +173,9 @@ def restructure(
 
     Accuracy is shown if the task has a test().
     """
-    from neusemslice.maintain import Undo
+    from neusemslice.maintain import Undo, plan
     from neusemslice.maintain import restructure as cut_down
-    from neusemslice.report import print_restructured
+    from neusemslice.report import plan_table, print_restructured
     from neusemslice.slicing import SemanticSlicing
     from neusemslice.task import beginning, remembered
 
@@ -176,6 +183,12 @@ def restructure(
         given = remembered(run)
         slicing = SemanticSlicing.load(run / _SLICE)
         model = given.model()
+        if dry_run:
+            if latency is not None:
+                raise ValueError("a latency is measured on what was cut, so it has no dry run")
+            planned = plan(model, slicing, macs=macs, params=params, keep=keep, round_to=round_to)
+            Console().print(plan_table(planned))
+            return
         result = cut_down(
             model,
             slicing,

@@ -111,6 +111,11 @@ def sliced(folder):
 def test_restructure(folder):
     """What it writes is the smaller model, and the way back from it."""
     sliced(folder)
+    planned = run(folder, "restructure", "out", "--keep", "0.5", "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    for text in ("Restructuring would keep", "neurons", "lost"):
+        assert text in planned.stdout
+    assert not (folder / "out" / "model.safetensors").exists()
     result = run(folder, "restructure", "out", "--keep", "0.5", "--samples", "12")
     assert result.returncode == 0, result.stderr
     for text in ("multiply-adds", "accuracy on 10 samples", "owl", "Compensated", "undo.safe"):
@@ -133,6 +138,7 @@ def test_restructure(folder):
     for options, message in (
         (("--macs", "2"), "macs must lie in (0, 1], got 2.0"),
         (("--samples", "3"), "give more samples"),
+        (("--latency", "0.5", "--dry-run"), "it has no dry run"),
         (("--samples", "0"), "samples must be at least 1, got 0"),
     ):
         result = run(folder, "restructure", "out", *options)

@@ -11,27 +11,37 @@ _SHARES = (0.7, 0.5, 0.3)
 
 
 def plan_table(planned: Plan) -> Table:
-    """Per coupled group its neurons, what goes with them, and how sensitive it is."""
+    """Per coupled group its neurons, the share of its contribution that goes, and what that saves.
+
+    “At” says what would go if the group kept those shares of its neurons: how sensitive it is.
+    """
     table = Table(title="Restructuring would keep")
     table.add_column("sites")
-    headings = ("neurons", "kept", "contribution lost", "parameters", "multiply-adds")
-    for heading in (*headings, *(f"lost at {share:.0%} kept" for share in _SHARES)):
+    sensitivity = "at " + " / ".join(f"{share:.0%}" for share in _SHARES)
+    for heading in ("neurons", "kept", "lost", sensitivity, "parameters", "multiply-adds"):
         table.add_column(heading, justify="right")
     for group in planned.groups:
         name, *others = group.sites
+        losses = (float(group.losses[round(share * group.before)]) for share in _SHARES)
         table.add_row(
             name + f" and {len(others)} more" * bool(others),
             f"{group.before:,}",
             f"{group.after:,}" if not group.kept_whole else "all",
             f"{group.lost:.1%}",
+            " / ".join(f"{lost:.0%}" for lost in losses),
             f"−{group.parameters:,}",
             f"−{group.macs:,}",
-            *(f"{float(group.losses[round(s * group.before)]):.0%}" for s in _SHARES),
         )
     before, after = (sum(getattr(g, at) for g in planned.groups) for at in ("before", "after"))
     table.add_section()
     table.add_row(
-        "all", f"{before:,}", f"{after:,}", "", _change(planned.parameters), _change(planned.macs)
+        "all",
+        f"{before:,}",
+        f"{after:,}",
+        "",
+        "",
+        _change(planned.parameters),
+        _change(planned.macs),
     )
     return table
 
