@@ -96,8 +96,8 @@ FULL = Size(
     importances=tuple(IMPORTANCES),
     test=10_000,
     validation=2_000,
-    rates=(3e-4, 1e-3, 3e-3),
-    search_steps=50,
+    rates=(1e-3, 3e-3, 1e-2),
+    search_steps=150,
     steps=391,
     batch=128,
     seeds=(0, 1, 2),
@@ -193,7 +193,9 @@ class Study(Runs):
             return 100 * float(right(model, self.validation).double().mean())
 
         found = {
-            rate: self.once(f"search, {method}, {rate:g}", partial(judged, rate))
+            rate: self.once(
+                f"search, {method}, {rate:g}, {self.size.search_steps} steps", partial(judged, rate)
+            )
             for rate in self.size.rates
         }
         return max(found, key=lambda rate: found[rate])
