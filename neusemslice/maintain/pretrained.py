@@ -66,8 +66,8 @@ def _config(own: Any, kept: Slice) -> Any:
             listed = ", ".join(f"{site} {width}" for site, width in widths.items())
             raise ValueError(
                 f"save_pretrained: {name} is one number for all layers, but the slice leaves them "
-                f"unequal: {listed}; restructure with keep=, macs= or params=, which cut layers of "
-                f"one size alike, or use Restructured.save"
+                f"unequal: {listed}; restructure with keep=, which cuts layers of one size "
+                f"alike, or use Restructured.save"
             )
         width = next(iter(widths.values()))
         if name != "heads":
