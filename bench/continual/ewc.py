@@ -20,7 +20,7 @@ SAMPLES = 512
 class EWC(Naive):
     """Naive retraining with the penalty."""
 
-    settings = tuple(Setting(1e-3, strength) for strength in (1e2, 1e3, 1e4))
+    settings = tuple(Setting(3e-3, strength) for strength in (1e2, 1e3, 1e4))
 
     def __init__(self, problem: Problem, base: nn.Module, setting: Setting, seed: int) -> None:
         super().__init__(problem, base, setting, seed)
