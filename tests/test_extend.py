@@ -9,7 +9,6 @@ from models import IMAGES, Mlp, images, loader, settled
 from torch import nn
 
 import neusemslice as nss
-from neusemslice.maintain.extend import _free_statistics
 
 OLD = loader(96)
 NEW = [(1.3 - x, y + 4) for x, y in loader(96)]
@@ -44,7 +43,7 @@ def test_consolidation_makes_the_old_slice_stand_alone(name):
     result = nss.extend(model, slicing, NEW, old=OLD, capacity=0.5, epochs=2, old_epochs=6)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), f"the given model's {key} changed"
-    losses = result.report.consolidation.losses
+    losses = result.report.consolidation.training.losses
     assert losses[-1] < losses[0]
     free = ~result.frozen
     for site in free.graph.sites:
@@ -107,16 +106,18 @@ def test_it_learns_the_new_classes():
     assert result.report.old_classes == (0, 1, 2, 3)
 
 
-def test_logits_over_all_classes_by_global_number():
+def test_log_probabilities_over_all_classes_by_global_number():
     model, slicing = made("lenet")
     gaps = [(x, y + 1) for x, y in NEW]  # classes 5-8; nobody knows class 4
     result = nss.extend(model, slicing, gaps, capacity=0.5, epochs=1)
-    result.model.eval()
-    logits = result.model(X)
-    assert logits.shape == (11, 9)
-    assert torch.equal(logits[:, :4], result.model.task("old")(X))
-    assert torch.equal(logits[:, 5:], result.model.task("new")(X))
-    assert (logits[:, 4] == -torch.inf).all()
+    found = result.model(X)
+    assert found.shape == (11, 9)
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(11))
+    assert (found[:, 4] == -torch.inf).all()
+    for name, own in (("old", [0, 1, 2, 3]), ("new", [5, 6, 7, 8])):
+        within = result.model.task(name)(X).log_softmax(1)
+        torch.testing.assert_close(found[:, own].log_softmax(1), within)
+    assert torch.equal(result.model.choose(X), found[:, 4:].logsumexp(1).gt(-0.6931472).long())
 
 
 def test_a_nan_in_a_free_neuron_does_not_reach_old_answers():
@@ -138,23 +139,6 @@ def test_saving_and_loading_keeps_the_bits():
     for task in ("old", "new"):
         a, b = (m.eval().task(task)(X) for m in (result.model, other.model))
         assert torch.equal(a, b)
-
-
-class TestFreeStatistics:
-    def test_frozen_channels_as_in_evaluation_free_ones_as_in_training(self):
-        model, slicing = made("lenet")
-        free = nss.Slice(slicing.profile.graph, {"3": torch.arange(6) >= 4})
-        norm = model[4]
-        reference = copy.deepcopy(norm)
-        x = torch.randn(5, 6, 4, 4)
-        trained, evaluated = reference.train()(x), copy.deepcopy(norm).eval()(x)
-        with _free_statistics(model, free):
-            out = norm.eval()(x)
-        torch.testing.assert_close(out[:, 4:], trained[:, 4:])
-        assert torch.equal(out[:, :4], evaluated[:, :4])
-        torch.testing.assert_close(norm.running_mean[4:], reference.running_mean[4:])
-        torch.testing.assert_close(norm.running_var[4:], reference.running_var[4:])
-        assert not norm._forward_hooks
 
 
 class TestRefusals:

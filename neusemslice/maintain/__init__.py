@@ -1,16 +1,27 @@
 """From a slice to a restructured, re-adapted or extended model."""
 
 from neusemslice.maintain.compensate import Refit
+from neusemslice.maintain.consolidate import Consolidation
+from neusemslice.maintain.continual import (
+    TaskAccuracy,
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    task_accuracies,
+)
 from neusemslice.maintain.cost import Cost, latency, measure, parameter_count
 from neusemslice.maintain.delta import Delta
 from neusemslice.maintain.extend import Extended, ExtendReport, extend
 from neusemslice.maintain.readapt import Readapted, ReadaptReport, readapt
 from neusemslice.maintain.recalibration import recalibrate
 from neusemslice.maintain.restructure import Restructured, RestructureReport, restructure
-from neusemslice.maintain.tasks import Task, TaskModel
+from neusemslice.maintain.taskfiles import export_task, load_tasks, save_tasks
+from neusemslice.maintain.tasks import Task, TaskSet
 from neusemslice.maintain.training import Score, Training, fit, score
 
 __all__ = [
+    "Consolidation",
     "Cost",
     "Delta",
     "ExtendReport",
@@ -22,15 +33,24 @@ __all__ = [
     "Restructured",
     "Score",
     "Task",
-    "TaskModel",
+    "TaskAccuracy",
+    "TaskSet",
     "Training",
+    "average_accuracy",
+    "backward_transfer",
+    "export_task",
     "extend",
     "fit",
+    "forgetting",
+    "forward_transfer",
     "latency",
+    "load_tasks",
     "measure",
     "parameter_count",
     "readapt",
     "recalibrate",
     "restructure",
+    "save_tasks",
     "score",
+    "task_accuracies",
 ]
