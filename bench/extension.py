@@ -21,7 +21,7 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ from bench.continual.problem import (
 from bench.continual.replay import Replay5, Replay10, Replay100
 from bench.kept import Kept
 from bench.report import Column, Result, Section, Target
+from neusemslice.maintain.continual import average_accuracy, backward_transfer, forgetting
 
 KEPT = Path(__file__).parents[1] / "build" / "extension.json"
 SEARCH_STEPS = 60
@@ -79,6 +80,7 @@ COLUMNS = (
     Column("std", "± std", "number"),
     Column("vs_rivals", "− best rival, points", "number", in_summary=True),
     Column("together", "class-incremental %", "number", in_summary=True),
+    Column("bwt", "BWT, points", "number"),
     Column("forgetting", "forgetting, points", "number", in_summary=True),
     Column("unchanged", "answers unchanged %", "number", in_summary=True),
     Column("rate", "learning rate", "text"),
@@ -176,35 +178,45 @@ class Study:
 
     def results(self, problem: Problem, seeds: tuple[int, ...]) -> list[Result]:
         """A row for each method."""
-        methods = METHODS if problem is self.problems[0] else IN_A_ROW
+        methods = applicable(METHODS if problem is self.problems[0] else IN_A_ROW, problem)
         runs = {name: [self.run(problem, name, seed) for seed in seeds] for name in methods}
         base = statistics.mean(run["matrix"][0][0] for run in runs["naive"])
         rows = [Result(f"{problem.key}: before", {"old": base})]
-        accs = {name: [statistics.mean(run["matrix"][-1]) for run in runs[name]] for name in runs}
+        matrices = {name: [square(run["matrix"]) for run in found] for name, found in runs.items()}
+        accs = {name: list(map(average_accuracy, found)) for name, found in matrices.items()}
         best = max(statistics.mean(accs[name]) for name in runs if name not in NO_RIVAL)
         for name, found in runs.items():
             values = {
                 "seeds": len(seeds),
                 "old": statistics.mean(run["matrix"][-1][0] for run in found),
                 "new": statistics.mean(statistics.mean(run["matrix"][-1][1:]) for run in found),
-                "acc": statistics.mean(accs[name]),
-                "std": statistics.stdev(accs[name]) if len(seeds) > 1 else None,
+                "acc": 100 * statistics.mean(accs[name]),
+                "std": 100 * statistics.stdev(accs[name]) if len(seeds) > 1 else None,
                 "together": statistics.mean(run["together"] for run in found),
-                "forgetting": statistics.mean(forgetting(run["matrix"]) for run in found),
+                "bwt": 100 * statistics.mean(map(backward_transfer, matrices[name])),
+                "forgetting": 100 * statistics.mean(map(forgetting, matrices[name])),
                 "unchanged": min(run["unchanged"] for run in found),
                 "rate": f"{self.chosen(name).rate:g}",
                 "minutes": statistics.mean(run["minutes"] for run in found),
             }
             if name == "ours":
-                values["vs_rivals"] = values["acc"] - best
+                values["vs_rivals"] = values["acc"] - 100 * best
             rows.append(Result(f"{problem.key}: {name}", values))
         return rows
 
 
-def forgetting(matrix: list[list[float]]) -> float:
-    """Mean over earlier tasks of the accuracy lost since each was learned."""
-    last = matrix[-1]
-    return statistics.mean(matrix[task][task] - last[task] for task in range(len(last) - 1))
+def square(rows: list[list[float]]) -> Tensor:
+    """Percentages after each task as a matrix of shares; what was not measured is NaN."""
+    matrix = torch.full((len(rows), len(rows)), torch.nan, dtype=torch.float64)
+    for row, values in zip(matrix, rows, strict=True):
+        row[: len(values)] = torch.tensor(values, dtype=torch.float64) / 100
+    return matrix
+
+
+def applicable(names: Iterable[str], problem: Problem) -> list[str]:
+    """Methods that differ for the problem's network: one without norms has none per task."""
+    norms = any(isinstance(m, nn.BatchNorm2d) for m in problem.network(2).modules())
+    return [name for name in names if norms or METHODS[name] is not PackNetNorms]
 
 
 def studies(quick: bool) -> list[Callable[[], tuple[Problem, ...]]]:

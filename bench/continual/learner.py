@@ -8,6 +8,7 @@ classes and does nothing about the old ones. Head only trains the new head alone
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -96,13 +97,13 @@ class Naive:
 
     def answers(self, images: Images, task: int) -> Tensor:
         """A task's logits ``[N, classes of the task]`` for any images."""
-        with torch.no_grad():
-            return torch.cat(
-                [
-                    self.logits(self.problem.normalised(pixels), task)
-                    for pixels in images.pixels.split(TEST_BATCH)
-                ]
-            )
+        return self.outputs(lambda x: self.logits(x, task), images)
+
+    @torch.no_grad()
+    def outputs(self, model: Callable[[Tensor], Tensor], images: Images) -> Tensor:
+        """What a model says, batch by batch."""
+        parts = images.pixels.split(TEST_BATCH)
+        return torch.cat([model(self.problem.normalised(pixels)) for pixels in parts])
 
     def logits(self, x: Tensor, task: int) -> Tensor:
         """A task's logits of one batch."""

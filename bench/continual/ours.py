@@ -1,13 +1,20 @@
-"""Ours: the old classes' neurons are frozen, the others learn (``neusemslice.extend``)."""
+"""Ours: earlier tasks' neurons are frozen, free ones learn the next task (``neusemslice.extend``).
+
+With ``T`` tasks each gets a T-th of the neurons of each layer that can be freed. The first task's
+are trained to stand alone with old images, for as many steps as PackNet trains after pruning.
+"""
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 import neusemslice as nss
 from bench.continual.learner import Naive, Setting
-from bench.continual.problem import BATCH, TEST_BATCH, Problem, Stream
+from bench.continual.problem import BATCH, Images, Problem, Stream
+from neusemslice.maintain import TaskSet
 
 PROFILED = 2000
 
@@ -15,51 +22,65 @@ PROFILED = 2000
 class Ours(Naive):
     """Extension."""
 
+    replay: ClassVar[float] = 0.0
+
     def __init__(self, problem: Problem, base: nn.Module, setting: Setting, seed: int) -> None:
         super().__init__(problem, base, setting, seed)
         self.model = base
-        self.extended: nss.maintain.TaskModel | None = None
+        self.names = ["old"]
 
     def prepare(self, old: Stream) -> None:
         self.old = old
 
     def learn(self, classes: tuple[int, ...], new: Stream) -> None:
-        problem = self.problem
-        images = problem.train.of(self.classes[0])[:PROFILED]
-        profiled = [
-            (problem.normalised(x), y)
-            for x, y in zip(images.pixels.split(BATCH), images.labels.split(BATCH), strict=True)
-        ]
-        slicing = nss.slice(nss.profile(self.model, profiled, ("taylor",)))
+        problem, number = self.problem, len(self.classes)
+        left = len(problem.tasks) - number
+        self.names.append(f"task {number}")
+        first = number == 1
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             found = nss.extend(
                 self.model,
-                slicing,
+                self.slicing() if first else None,
                 new,
-                old=self.old,
-                capacity=1 - 1 / len(problem.tasks),
+                name=self.names[-1],
+                old=self.old if first or self.replay else None,
+                replay=self.replay,
+                capacity=1 - 1 / len(problem.tasks) if first else None,
+                reserve=1 - 1 / left,
                 epochs=problem.epochs,
                 old_epochs=problem.old_epochs,
                 lr=self.setting.rate,
             )
+        if first:
+            with found.frozen.applied(found.base):
+                self.before = [self.run(found.base)]
+        else:
+            self.before = [self.run(found.base.task(name)) for name in self.names[:-1]]
+        self.model = found.model
         self.classes.append(classes)
-        self.extended = found.model
-        with torch.no_grad(), found.frozen.applied(found.base):
-            self.before = [
-                torch.cat(
-                    [
-                        found.base(problem.normalised(x))
-                        for x in problem.test.pixels.split(TEST_BATCH)
-                    ]
-                )
-            ]
+
+    def slicing(self) -> nss.SemanticSlicing:
+        """Of the first task's classes."""
+        images = self.problem.train.of(self.classes[0])[:PROFILED]
+        parts = zip(images.pixels.split(BATCH), images.labels.split(BATCH), strict=True)
+        profiled = [(self.problem.normalised(x), y) for x, y in parts]
+        return nss.slice(nss.profile(self.model, profiled, ("taylor",)))
+
+    def run(self, model: nn.Module) -> Tensor:
+        """Answers to all test images."""
+        return self.outputs(model, self.problem.test)
 
     def logits(self, x: Tensor, task: int) -> Tensor:
-        if self.extended is None:
-            return self.model(x)
-        return self.extended.answer(["old", "new"][task], x)
+        if isinstance(self.model, TaskSet):
+            return self.model.answer(self.names[task], x)
+        return self.model(x)
+
+    def scores(self, images: Images) -> Tensor:
+        return self.outputs(self.model, images)
 
 
 class OursReplay10(Ours):
-    pass
+    """With a tenth of the old images, to tell whose an image is."""
+
+    replay = 0.1
