@@ -13,12 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench import extension, mnist
+from bench.cifar import Images
 from bench.continual.deeparc import DeepArc, redundant
 from bench.continual.ewc import EWC, SAMPLES
 from bench.continual.learner import HeadOnly, Naive, Setting
 from bench.continual.lwf import TEMPERATURE, LwF, distillation
 from bench.continual.packnet import FREE, PackNet, PackNetNorms, prune
-from bench.continual.problem import Images, Problem, halves, local, pairs
+from bench.continual.problem import Problem, halves, local, pairs
 from bench.continual.replay import Replay10, with_replay
 from neusemslice.data import load_digits
 
@@ -45,7 +46,17 @@ def problem(tasks) -> Problem:
     seen = Images((data.train_images * 16).byte(), data.train_labels)
     test = Images((data.test_images * 16).byte(), data.test_labels)
     return Problem(
-        "digits", network, tasks, seen, test, test, lambda x: x.float() / 16, None, 3, 2, 1
+        "digits",
+        network,
+        tasks,
+        seen,
+        test,
+        test,
+        lambda pixels: pixels.float() / 16,
+        lambda pixels, _: pixels.float() / 16,
+        base_epochs=3,
+        epochs=2,
+        old_epochs=1,
     )
 
 

@@ -14,7 +14,7 @@ import itertools
 from torch import nn
 
 from bench.continual.learner import Naive
-from bench.continual.problem import Stream
+from bench.stream import Stream
 from neusemslice.profiling import cka
 
 ALIKE = 0.9

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.continual.problem import TEST_BATCH, Images, Problem, Stream, local, train
+from bench.cifar import Images
+from bench.continual.problem import TEST_BATCH, Problem, local, train
+from bench.stream import Stream
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.continual.learner import Naive
-from bench.continual.problem import Stream, local
+from bench.continual.problem import local
+from bench.stream import Stream
 
 TEMPERATURE = 2.0
 WARM_UP = 0.25

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import neusemslice as nss
+from bench.cifar import Images
 from bench.continual.learner import Naive, Setting
-from bench.continual.problem import BATCH, Images, Problem, Stream
+from bench.continual.problem import BATCH, Problem
+from bench.stream import Stream
 from neusemslice.maintain import TaskSet
 
 PROFILED = 2000

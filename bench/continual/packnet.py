@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.continual.learner import Naive, Setting
-from bench.continual.problem import Problem, Stream
+from bench.continual.problem import Problem
+from bench.stream import Stream
 
 
 class PackNet(Naive):

@@ -7,8 +7,8 @@ on them. Test images are looked at after the last step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,29 +17,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bench import cifar, mnist
+from bench.cifar import Images
+from bench.stream import Stream
 
 DECAY = 1e-2
 BASE_RATE = 3e-3
 BATCH = 128
 TEST_BATCH = 250
-
-
-@dataclass(frozen=True)
-class Images:
-    """Images uint8 ``[N, C, H, W]``, and their classes int64 ``[N]``."""
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, chosen: Tensor | slice) -> Images:
-        return Images(self.pixels[chosen], self.labels[chosen])
-
-    def of(self, classes: tuple[int, ...]) -> Images:
-        """Those of some classes."""
-        return self[torch.isin(self.labels, torch.tensor(classes))]
 
 
 @dataclass(frozen=True)
@@ -52,7 +36,7 @@ class Problem:
         tasks: the classes of each task.
         train, validation, test: images of all classes.
         normalised: from uint8 to what the network takes.
-        augmented: changes training images by chance, or is ``None``.
+        prepared: the same for training, where images may be changed by chance.
         base_epochs, epochs: of the first task, and of each other.
         old_epochs: over the old images, for methods that prepare the network with them.
         longest: batches of a pass at most.
@@ -65,7 +49,7 @@ class Problem:
     validation: Images
     test: Images
     normalised: Callable[[Tensor], Tensor]
-    augmented: Callable[[Tensor, torch.Generator], Tensor] | None
+    prepared: Callable[[Tensor, torch.Generator], Tensor]
     base_epochs: int
     epochs: int
     old_epochs: int
@@ -86,7 +70,8 @@ class Problem:
     def stream(self, images: Images, seed: int, batches: int | None = None) -> Stream:
         """Training batches; in each pass all images, or so many batches."""
         batches = batches or max(1, len(images) // BATCH)
-        return Stream(self, images, seed, min(batches, self.longest or batches))
+        batches = min(batches, self.longest or batches)
+        return Stream(images, BATCH, batches, seed, self.prepared)
 
     def base(self, seed: int) -> nn.Module:
         """The network after its first task, in evaluation mode; trained once, and then kept."""
@@ -114,29 +99,6 @@ class Problem:
             lambda x, y: F.cross_entropy(model(x), local(y, self.tasks[0])),
         )
         return model
-
-
-class Stream:
-    """Shuffled, augmented batches; each pass continues the last one's random numbers."""
-
-    def __init__(self, problem: Problem, images: Images, seed: int, batches: int) -> None:
-        self.problem, self.images, self.batches = problem, images, batches
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.zeros(0, dtype=torch.int64)
-        for _ in range(self.batches):
-            while len(order) < BATCH:
-                again = torch.randperm(len(self.images), generator=self.generator)
-                order = torch.cat([order, again])
-            chosen, order = self.images[order[:BATCH]], order[BATCH:]
-            pixels = chosen.pixels
-            if self.problem.augmented is not None:
-                pixels = self.problem.augmented(pixels, self.generator)
-            yield self.problem.normalised(pixels), chosen.labels
 
 
 def local(labels: Tensor, classes: tuple[int, ...]) -> Tensor:
@@ -192,24 +154,24 @@ def pairs(classes: int) -> tuple[tuple[int, ...], ...]:
     return tuple((k, k + 1) for k in range(0, classes, 2))
 
 
-def cifar_problem(tasks: tuple[tuple[int, ...], ...], quick: bool = False) -> Problem:
+def cifar_problem(tasks: tuple[tuple[int, ...], ...]) -> Problem:
     """CIFAR-10 as JPEGs, and ResNet-20."""
-    train_images, test = cifar.load("train"), cifar.load("test")
-    return _problem(
+    return Problem(
         f"cifar-{len(tasks)}",
         lambda outputs: cifar.ResNet(3, outputs).to(memory_format=torch.channels_last),
         tasks,
-        Images(train_images.pixels, train_images.labels),
-        Images(test.pixels, test.labels),
+        *_parts(cifar.load("train")),
+        cifar.load("test"),
         cifar.normalised,
-        cifar.augmented,
-        (8, 3, 2),
-        quick,
+        cifar.prepared,
+        base_epochs=8,
+        epochs=3,
+        old_epochs=2,
     )
 
 
 def mnist_problem(tasks: tuple[tuple[int, ...], ...], quick: bool = False) -> Problem:
-    """MNIST, and LeNet-5."""
+    """MNIST, or some of its images, and LeNet-5."""
     data = mnist.load()
 
     def network(outputs: int) -> nn.Module:
@@ -217,37 +179,29 @@ def mnist_problem(tasks: tuple[tuple[int, ...], ...], quick: bool = False) -> Pr
         model[-1] = nn.Linear(model[-1].in_features, outputs)
         return model
 
-    return _problem(
+    made = Problem(
         f"mnist-{len(tasks)}",
         network,
         tasks,
-        Images((data.train_images * 255).round().byte(), data.train_labels),
+        *_parts(Images((data.train_images * 255).round().byte(), data.train_labels)),
         Images((data.test_images * 255).round().byte(), data.test_labels),
         lambda pixels: pixels.float() / 255,
-        None,
-        (2, 1, 1),
-        quick,
+        lambda pixels, _: pixels.float() / 255,
+        base_epochs=2,
+        epochs=1,
+        old_epochs=1,
     )
+    if not quick:
+        return made
+    few = (made.train[:2000], made.validation[:200], made.test[:500])
+    return replace(made, train=few[0], validation=few[1], test=few[2])
 
 
-def _problem(
-    key: str,
-    network: Callable[[int], nn.Module],
-    tasks: tuple[tuple[int, ...], ...],
-    train_images: Images,
-    test: Images,
-    normalised: Callable[[Tensor], Tensor],
-    augmented: Callable[[Tensor, torch.Generator], Tensor] | None,
-    epochs: tuple[int, int, int],
-    quick: bool,
-) -> Problem:
-    order = torch.randperm(len(train_images), generator=torch.Generator().manual_seed(0))
-    held = len(train_images) // 10
-    seen, validation = train_images[order[:-held]], train_images[order[-held:]]
-    if quick:
-        seen, validation, test = seen[:2000], validation[:200], test[:500]
-        epochs = (2, 1, 1)
-    return Problem(key, network, tasks, seen, validation, test, normalised, augmented, *epochs)
+def _parts(images: Images) -> tuple[Images, Images]:
+    """For training, and for validation."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    held = len(images) // 10
+    return images[order[:-held]], images[order[-held:]]
 
 
 def _keep(model: nn.Module, path: Path) -> None:

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.cifar import Images
 from bench.continual.learner import Naive
-from bench.continual.problem import Images, Stream, local
+from bench.continual.problem import local
+from bench.stream import Stream
 
 
 class Replay(Naive):
