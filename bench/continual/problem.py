@@ -63,9 +63,8 @@ class Problem:
     @property
     def settings(self) -> str:
         """What runs depend on, for keys of kept results."""
-        return (
-            f"{len(self.train)} images, {self.base_epochs}+{self.old_epochs}+{self.epochs} epochs"
-        )
+        epochs = f"{self.base_epochs}+{self.old_epochs}+{self.epochs}"
+        return f"{len(self.train)} images, {epochs} epochs, batches of {BATCH}, decay {DECAY:g}"
 
     def stream(self, images: Images, seed: int, batches: int | None = None) -> Stream:
         """Training batches; in each pass all images, or so many batches."""
@@ -77,7 +76,7 @@ class Problem:
         """The network after its first task, in evaluation mode; trained once, and then kept."""
         classes = self.tasks[0]
         images = self.train.of(classes)
-        settings = f"{len(images)}-{len(classes)}-{self.base_epochs}-{seed}"
+        settings = f"{len(images)}-{self.base_epochs}-{BATCH}-{BASE_RATE:g}-{DECAY:g}-{seed}"
         kept = cifar.CACHE / f"base-{self.key}-{settings}.safetensors"
         if not kept.exists():
             _keep(self._trained_base(images, seed), kept)
