@@ -232,7 +232,8 @@ class TestPackNet:
     @pytest.mark.parametrize("method", [PackNet, PackNetNorms])
     def test_earlier_tasks_never_change_and_have_equal_shares(self, method):
         several = problem(pairs(10))
-        learner = method(several, network(2).eval(), SETTING, 0)
+        model = network(2).eval().to(memory_format=torch.channels_last)
+        learner = method(several, model, SETTING, 0)
         kept = []
         for number, classes in enumerate(several.tasks[1:], 1):
             learner.prepare(several.stream(several.train.of(several.tasks[number - 1]), 1))

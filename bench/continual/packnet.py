@@ -31,7 +31,7 @@ class PackNet(Naive):
         ]
         self.norms = [m for m in self.backbone.modules() if isinstance(m, nn.BatchNorm2d)]
         # Which task a weight belongs to; of those that are nobody's yet, the current one.
-        self.owner = [torch.zeros_like(w, dtype=torch.int64) for w in self.weights]
+        self.owner = [torch.zeros(w.shape, dtype=torch.int64) for w in self.weights]
         self.kept_norms: list[list[dict[str, Tensor]]] = []
 
     def prepare(self, old: Stream) -> None:
