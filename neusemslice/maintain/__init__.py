@@ -1,5 +1,6 @@
 """From a slice to a restructured, re-adapted or extended model."""
 
+from neusemslice.maintain.capacity import Capacity, SiteCapacity, capacity_left
 from neusemslice.maintain.compensate import Refit
 from neusemslice.maintain.consolidate import Consolidation
 from neusemslice.maintain.continual import (
@@ -21,6 +22,7 @@ from neusemslice.maintain.tasks import Task, TaskSet
 from neusemslice.maintain.training import Score, Training, fit, score
 
 __all__ = [
+    "Capacity",
     "Consolidation",
     "Cost",
     "Delta",
@@ -32,12 +34,14 @@ __all__ = [
     "RestructureReport",
     "Restructured",
     "Score",
+    "SiteCapacity",
     "Task",
     "TaskAccuracy",
     "TaskSet",
     "Training",
     "average_accuracy",
     "backward_transfer",
+    "capacity_left",
     "export_task",
     "extend",
     "fit",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from neusemslice.maintain.consolidate import Consolidation, consolidate
 from neusemslice.maintain.freeing import needed, part_of, per_site, start_afresh, trained
 from neusemslice.maintain.grow import grown
 from neusemslice.maintain.holdout import Part
-from neusemslice.maintain.tasks import NOBODY, Task, TaskSet, batch_norms
+from neusemslice.maintain.tasks import NOBODY, Task, TaskSet, batch_norms, energy_moments
 from neusemslice.maintain.training import Training, fit
 from neusemslice.optim import MaskedAdamW, row_gradients
 from neusemslice.profiling import batches, first_inputs
@@ -111,7 +111,7 @@ def extend(
         old: samples of the old classes, if there are any: to consolidate their slice with, and for
             ``replay``.
         replay: share of the old samples that are trained on as "none of the new classes", so that
-            ``model(x)`` can tell whose a sample is.
+            ``model(x)`` can tell better whose a sample is; no old answer needs it.
         capacity: share of the neurons to free in each place where any can be freed, least important
             first. By default those that are critical to no class are free. Of a ``TaskSet`` what
             no task has is free.
@@ -157,7 +157,9 @@ def extend(
         backbone, consolidation = consolidate(
             widened.backbone, ~widened.free, old, old_epochs, lr, weight_decay
         )
-        base = TaskSet(backbone, widened.head, tuple(widened.tasks.values()), {}, {})
+        (first,) = widened.tasks.values()
+        base = TaskSet(backbone, widened.head, (first,), {}, {})
+        base.tasks[first.name] = replace(first, energy=energy_moments(base, first.name, old))
     extended = copy.deepcopy(base).eval()
     frozen = ~extended.free
     kept = (frozen | own).closed()
@@ -169,6 +171,7 @@ def extend(
     training, trained_parameters = _train(
         extended, task, own, loader, _replayed(old, replay, base), epochs, lr, weight_decay
     )
+    extended.tasks[name] = replace(task, energy=energy_moments(extended, name, loader))
     unchanged = all(_same(extended, base, earlier, inputs) for earlier in base.tasks)
     if not unchanged:
         raise RuntimeError("extend: an old answer changed; this is a defect, please report it")
@@ -258,9 +261,7 @@ def _new_names(
     if name in tasks.tasks:
         raise ValueError(f"extend: there is a task {name!r} already; give another name")
     if not name or any(c in name for c in "./\\"):
-        raise ValueError(
-            f"extend: a task's name must be a file's, without '.' or '/', got {name!r}"
-        )
+        raise ValueError(f"extend: a task's name must have neither '.' nor '/', got {name!r}")
     names = tuple(str(k) for k in classes) if class_names is None else tuple(class_names)
     if len(names) != len(classes):
         raise ValueError(

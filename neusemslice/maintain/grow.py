@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from neusemslice.graph import (
     weight_dims,
 )
 from neusemslice.maintain.freeing import separable
-from neusemslice.maintain.tasks import Task, TaskSet
+from neusemslice.maintain.tasks import TaskSet
 from neusemslice.slicing import Slice
 
 TOLERANCE = 1e-5
@@ -67,8 +68,7 @@ def grown(tasks: TaskSet, share: float, inputs: Inputs) -> TaskSet:
         if found.site(site.name).neurons != site.neurons + added.get(site.name, 0):
             raise RuntimeError(f"extend: site {site.name} could not be widened")
     wider.tasks = {
-        name: Task(name, t.classes, _padded(t.slice, found), t.class_names, t.rejects)
-        for name, t in wider.tasks.items()
+        name: replace(task, slice=_padded(task.slice, found)) for name, task in wider.tasks.items()
     }
     for name in tasks.tasks:
         _check(tasks, wider, name, inputs)

@@ -43,6 +43,7 @@ def save_tasks(tasks: TaskSet, folder: str | os.PathLike[str]) -> list[Path]:
             "classes": list(task.classes),
             "class_names": list(task.class_names),
             "rejects": task.rejects,
+            "energy": task.energy,
             "parts": list(tasks.parts(name)),
         }
         paths.append(_files.write(_path(folder, name), "task", tensors, content))
@@ -91,12 +92,14 @@ def load_tasks(folder: str | os.PathLike[str], model: nn.Module) -> TaskSet:
             masks = {
                 s.name: bitset_unpack(tensors[f"slice/{s.name}"], s.neurons) for s in graph.sites
             }
+            energy = content["energy"]
             task = Task(
                 str(content["name"]),
                 tuple(int(k) for k in content["classes"]),
                 Slice(graph, masks),
                 tuple(str(n) for n in content["class_names"]),
                 bool(content["rejects"]),
+                None if energy is None else (float(energy[0]), float(energy[1])),
             )
             parts = {
                 str(part): {

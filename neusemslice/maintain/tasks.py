@@ -6,15 +6,17 @@ stand in the backbone's places and all neurons outside its slice are masked, by 
 later tasks train cannot change an earlier answer: their neurons are masked, and their heads and
 norms are others. The slice of a task holds the neurons of all tasks before it, which it reads.
 
-Which task a sample is of can be told from the answers. A task that was learned with replay has one
-output more, "none of mine", and is asked for it, the newest first. Among those left the task with
-the greatest free energy ``log Σ exp`` of its logits is chosen (Liu et al., Energy-based
-Out-of-distribution Detection, 2020).
+Which task a sample is of is told from the answers: by their free energy ``log Σ exp`` over the
+task's logits (Liu et al., Energy-based Out-of-distribution Detection, 2020), minus the logit of
+"none of mine" where the task was learned with replay, in standard deviations from its mean over the
+task's own samples. Heads that were trained apart have logits of different scales, so the raw energy
+would prefer one task to another. Where a task's own samples were not at hand, the answer of least
+entropy is taken instead, which is right less often.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,11 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from neusemslice.graph import Graph, logits_of
+from neusemslice.graph import Graph, device_of, evaluation, logits_of
+from neusemslice.profiling import batches
 from neusemslice.slicing import Slice
 
 NOBODY = -1
 """Stands for the class of an output that no class belongs to."""
+
+_ENERGY_SAMPLES = 2048
+"""So many labelled samples, if there are as many, tell a task's energy."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Task:
         slice: the neurons that answer it; all others are masked.
         class_names: of its outputs.
         rejects: whether its head has one output more, for samples of earlier tasks.
+        energy: mean and standard deviation of its energy over its own samples, if they are known.
     """
 
     name: str
@@ -48,6 +55,7 @@ class Task:
     slice: Slice
     class_names: tuple[str, ...]
     rejects: bool = False
+    energy: tuple[float, float] | None = None
 
 
 class TaskSet(nn.Module):
@@ -158,21 +166,26 @@ class TaskSet(nn.Module):
         with self.with_parts(name) as model, self.tasks[name].slice.masking(model):
             return logits_of(model(*args, **kwargs))
 
+    def energy(self, name: str, outputs: Tensor) -> Tensor:
+        """Free energy of a task's outputs, ``[N]``; see the module."""
+        task = self.tasks[name]
+        known = [i for i, k in enumerate(task.classes) if k != NOBODY]
+        found = outputs[..., known].float().logsumexp(-1)
+        return found - outputs[..., -1].float() if task.rejects else found
+
     def _log_shares(self, outputs: Mapping[str, Tensor]) -> Tensor:
         """Log-probability of each task, ``[T, N]``."""
-        left = list(outputs)
-        rest = next(iter(outputs.values()))[..., 0].float() * 0
-        shares: list[Tensor] = []
-        while len(left) > 1 and self.tasks[left[-1]].rejects:
-            decided = outputs[left.pop()].float().log_softmax(-1)
-            shares.insert(0, rest + decided[..., :-1].logsumexp(-1))
-            rest = rest + decided[..., -1]
-        energies = torch.stack([self._energy(name, outputs[name]) for name in left])
-        return torch.cat([energies.log_softmax(0) + rest, *(s.unsqueeze(0) for s in shares)])
-
-    def _energy(self, name: str, output: Tensor) -> Tensor:
-        known = [i for i, k in enumerate(self.tasks[name].classes) if k != NOBODY]
-        return output[..., known].float().logsumexp(-1)
+        scores = []
+        moments = [task.energy for task in self.tasks.values()]
+        for name, output in outputs.items():
+            if None in moments:
+                known = [i for i, k in enumerate(self.tasks[name].classes) if k != NOBODY]
+                log_p = output[..., known].float().log_softmax(-1)
+                scores.append((log_p.exp() * log_p).sum(-1))
+            else:
+                mean, deviation = self.tasks[name].energy or (0.0, 1.0)
+                scores.append((self.energy(name, output) - mean) / deviation)
+        return torch.stack(scores).log_softmax(0)
 
     def parts(self, name: str) -> dict[str, nn.Module]:
         """What is a task's own, by the backbone's names: a head and norms; the first's is none."""
@@ -205,6 +218,23 @@ class TaskView(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """The task's logits, ``[N, classes of the task]``."""
         return self.model.answer(self.name, *args, **kwargs)
+
+
+@torch.no_grad()
+def energy_moments(tasks: TaskSet, name: str, loader: Iterable[Any]) -> tuple[float, float]:
+    """Mean and standard deviation of a task's energy over the first of its own samples."""
+    device = device_of(tasks)
+    found: list[Tensor] = []
+    with evaluation(tasks):
+        for inputs, labels in batches(loader, "extend"):
+            inputs = inputs.to(device)
+            outputs = tasks.outputs(name, *inputs.args, **inputs.kwargs)
+            found.append(tasks.energy(name, outputs)[labels.to(device) != -100].double())
+            if sum(map(len, found)) >= _ENERGY_SAMPLES:
+                break
+    energies = torch.cat(found)
+    deviation = float(energies.std(correction=0))
+    return float(energies.mean()), max(deviation, torch.finfo(torch.float32).tiny)
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
