@@ -30,6 +30,7 @@ bench: build
 	$(BIN)/python -m bench.masked_optim
 	$(BIN)/python -m bench.profiler
 	$(BIN)/python -m bench.readapt_step
+	$(BIN)/python -m bench.rows
 	$(BIN)/python -m bench.similarity
 	$(BIN)/python -m bench.slicing
 

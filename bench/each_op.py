@@ -288,7 +288,7 @@ def _grams() -> Iterator[Call]:
 def _row_gradients() -> Iterator[Call]:
     def of(grad: Tensor, x: Tensor, run: Callable[[Tensor, Tensor, Tensor], Tensor]):
         def prepare(device: torch.device) -> Callable[[], list[Tensor]]:
-            rows = torch.tensor([0, 3, 5]).to(device)
+            rows = torch.tensor([0, 3, 5, 6]).to(device)
             given = (grad.to(device), x.to(device))
             return lambda: [run(*given, rows)]
 
@@ -298,13 +298,16 @@ def _row_gradients() -> Iterator[Call]:
         tokens = [_normal(9, 11, n, dtype=dtype, seed=n) for n in (7, 13)]
         yield Call(f"rows_linear_backward {dtype}", of(*tokens, ops.rows_linear_backward))
         planes = [_normal(5, n, 9, 6, dtype=dtype, seed=n) for n in (7, 4)]
-        conv = of(
-            *planes,
-            lambda grad, x, rows: ops.rows_conv_backward(
-                grad, x, rows, (3, 3), (1, 1), (1, 1), (1, 1), 1
-            ),
-        )
-        yield Call(f"rows_conv_backward {dtype}", conv)
+        # As many groups as give each of the ways that a grouped convolution takes on CUDA.
+        for inputs, outputs, groups in ((4, 7, 1), (4, 8, 2), (8, 8, 4), (6, 9, 3)):
+            conv = of(
+                _normal(5, outputs, 9, 6, dtype=dtype),
+                _normal(5, inputs, 9, 6, dtype=dtype, seed=1),
+                lambda grad, x, rows, groups=groups: ops.rows_conv_backward(
+                    grad, x, rows, (3, 3), (1, 1), (1, 1), (1, 1), groups
+                ),
+            )
+            yield Call(f"rows_conv_backward {groups} groups {dtype}", conv)
         bias = of(*planes, lambda grad, _, rows: ops.rows_bias_backward(grad, rows, 1))
         yield Call(f"rows_bias_backward {dtype}", bias)
 

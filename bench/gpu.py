@@ -36,7 +36,12 @@ COLUMNS = (
     Column("seconds", "seconds", "number"),
     Column("says", "what it said last", "text"),
 )
-TESTS = ("tests/ops", "tests/test_optim.py")
+TESTS = (
+    "tests/ops",
+    "tests/test_optim.py",
+    "tests/test_optim_contract.py",
+    "tests/test_optim_state.py",
+)
 
 
 def stages() -> list[Stage]:
@@ -94,6 +99,7 @@ def stages() -> list[Stage]:
         benchmark("contribution", 30),
         benchmark("profiler", 45),
         benchmark("gram", 30),
+        benchmark("rows", 30),
         sanitized("synccheck", 45),
     ]
 

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-FORMAT = 2
+FORMAT = 3
 """Version of what the files hold; a reader takes its own version only."""
 
 _T = TypeVar("_T")

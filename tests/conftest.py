@@ -1,4 +1,5 @@
-from collections.abc import Iterator
+import importlib.util
+from collections.abc import Generator, Iterator
 
 import hypothesis
 import pytest
@@ -7,6 +8,9 @@ import torch
 # The same examples each run, and no deadline: a shared machine's pauses are not failures.
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=50, derandomize=True)
 hypothesis.settings.load_profile("suite")
+
+# Tests compare with float64; convolutions of float32 round their factors to TF32 otherwise.
+torch.backends.cudnn.allow_tf32 = False
 
 
 def _devices() -> dict[str, str]:
@@ -32,8 +36,22 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture(params=[name for name, reason in DEVICES.items() if not reason])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that a test of the operators runs on."""
+    """Every device that a test runs on; of a package's user the models, batches stay on the CPU."""
     return torch.device(request.param)
+
+
+def _without_tracing(item: pytest.Item) -> Generator[None, object, object]:
+    """Skips a test of what cannot be done here: GPU machines may lack torch-pruning."""
+    try:
+        return (yield)
+    except ImportError as error:
+        if importlib.util.find_spec("torch_pruning") is None and "torch-pruning" in str(error):
+            pytest.skip(str(error))
+        raise
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(_without_tracing)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(_without_tracing)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,3 +53,9 @@ def layouts(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) ->
         "expanded": x[:1].expand(shape),
         "requires_grad": x.clone().requires_grad_(),
     }
+
+
+def cuda_implementation(name: str, *arguments: Any) -> Any:
+    """What an operator that on CUDA is made of torch's own does, on the CPU's tensors as well."""
+    op = getattr(torch.ops.neusemslice, name).default
+    return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments)

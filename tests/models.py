@@ -150,8 +150,11 @@ IMAGES = {
 """Networks for images [N, 1, 8, 8] that give 4 logits."""
 
 
-def settled(model: nn.Module, *shape: int) -> nn.Module:
-    """The model in evaluation mode, with running statistics and biases that are not trivial."""
+def settled(model: nn.Module, *shape: int, device: torch.device | str = "cpu") -> nn.Module:
+    """The model in evaluation mode, with running statistics and biases that are not trivial.
+
+    They are the same on each device.
+    """
     model.train()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -159,7 +162,7 @@ def settled(model: nn.Module, *shape: int) -> nn.Module:
                 parameter.add_(0.3 * torch.randn_like(parameter))
         for _ in range(3):
             model(torch.randn(16, *shape))
-    return model.eval()
+    return model.eval().to(device)
 
 
 def images(samples: int, *shape: int, seed: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import masked_optim, mnist, report
+from bench import gram, masked_optim, mnist, report, rows
 from bench.report import Column, Ratio, Result, Section
 from bench.slicing import Curve, compared
 
@@ -98,6 +98,22 @@ def test_all_ways_to_tune_rows_are_compared_and_agree(kind, share):
     assert set(workload.peers) == {"hook", "correct", "fused"}
     for way in (workload.ours, *(run for of in workload.peers.values() for run in of.values())):
         way(0)
+
+
+@pytest.mark.parametrize("layer", [*rows.LAYERS.values(), *rows.LAYERS_ON_GPU.values()])
+def test_gradients_of_rows_are_compared_and_agree(layer):
+    """Of every layer that is measured, in few samples of small planes."""
+    size = None if layer.size is None else 5
+    few = rows.Layer(3, layer.inputs // 4, layer.outputs // 4, size, max(1, layer.groups // 4))
+    result = rows.measure("x", few, 0.25, rounds=2, patience=0)
+    assert {"ms", "limit", "vs_whole"} <= result.values.keys()
+    assert ("vs_gathered" in result.values) == (layer.groups == 1)
+
+
+@pytest.mark.parametrize("features", [40, 289])
+def test_gram_matrices_are_compared_and_agree(features):
+    result = gram.measure("x", 2100, features, rounds=2, patience=0)
+    assert {"limit", "vs_float64", "vs_float32"} <= result.values.keys()
 
 
 def test_a_step_of_readaptation_is_measured():

@@ -159,7 +159,7 @@ def data(samples: int = 30) -> TensorDataset:
 
 class TestModels:
     @pytest.mark.parametrize("batch", [1, 2, 3, 4, 30])
-    def test_equals_the_formula_on_pooled_activations(self, batch):
+    def test_equals_the_formula_on_pooled_activations(self, batch, device):
         model, samples = lenet().eval(), data()
         seen = {}
         hooks = [
@@ -172,13 +172,13 @@ class TestModels:
         for hook in hooks:
             hook.remove()
         pooled = [seen[3].mean((2, 3)), seen[7].reshape(30, 6, -1).mean(2), seen[9]]
-        got = cka(model, DataLoader(samples, batch))
+        got = cka(model.to(device), DataLoader(samples, batch))
         assert got.sites == ("0", "3", "7")
         for i, x in enumerate(pooled):
             for j, y in enumerate(pooled):
                 # Float32 activations of batches of other sizes differ in their last digits.
                 expected = reference.cka(x, y)
-                torch.testing.assert_close(got.values[i, j], expected, rtol=0, atol=1e-4)
+                torch.testing.assert_close(got.values[i, j].cpu(), expected, rtol=0, atol=1e-4)
 
     def test_leaves_the_model_alone(self):
         model = lenet().train()

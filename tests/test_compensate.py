@@ -30,12 +30,14 @@ def error(model: nn.Module, whole: nn.Module, x: Tensor) -> float:
 
 
 class TestValues:
-    def test_a_linear_layer_is_ridge_regression(self):
+    def test_a_linear_layer_is_ridge_regression(self, device):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 3)).eval()
         data = [(x, torch.arange(40) % 3) for x in torch.randn(4, 40, 5)]
+        model.to(device)
         slicing = nss.slice(nss.profile(model, data))
         small = nss.restructure(model, slicing, calibration=data, keep=0.5)
+        model.cpu(), small.model.cpu()
         left = small.kept.mask("0")
         x = torch.cat([x for x, _ in data])
         with torch.no_grad():

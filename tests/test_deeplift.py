@@ -188,9 +188,9 @@ def test_contributions_are_complete_through_functions_of_tokens(name):
 
 
 @pytest.mark.parametrize("name", models.IMAGES)
-def test_contributions_are_complete_through_networks(name):
+def test_contributions_are_complete_through_networks(name, device):
     torch.manual_seed(0)
-    model = models.settled(models.IMAGES[name](), 1, 8, 8)
+    model = models.settled(models.IMAGES[name](), 1, 8, 8, device=device)
     modules = ("head",) if hasattr(model, "head") else ("7", "9")
     _assert_complete(model, models.images(6, 1, 8, 8), torch.arange(6) % 4, modules=modules)
 

@@ -17,22 +17,23 @@ NEW = [(1.3 - x, y + 4) for x, y in loader(96)]
 X = images(11, 1, 8, 8, seed=1)
 
 
-def made(name="residual", threshold=0.6):
-    model = settled(IMAGES[name](), 1, 8, 8)
+def made(name="residual", threshold=0.6, device="cpu"):
+    model = settled(IMAGES[name](), 1, 8, 8, device=device)
     return model, nss.slice(nss.profile(model, OLD), threshold=threshold)
 
 
 @pytest.mark.parametrize("name", ["lenet", "residual", "padded", "concatenated", "depthwise"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_old_answers_keep_their_bits(name, threads):
-    model, slicing = made(name)
+def test_old_answers_keep_their_bits(name, threads, device):
+    model, slicing = made(name, device=device)
+    x = X.to(device)
     before = copy.deepcopy(model.state_dict())
     with num_threads(threads):
         result = nss.extend(model, slicing, NEW, capacity=0.5, epochs=2, weight_decay=0.1)
         with result.frozen.applied(model):
-            expected = model(X)
+            expected = model(x)
         result.model.eval()
-        assert torch.equal(result.model.task("old")(X), expected)
+        assert torch.equal(result.model.task("old")(x), expected)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), f"the given model's {key} changed"
     assert result.report.unchanged

@@ -18,7 +18,7 @@ from neusemslice.profiling import METRICS
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 
 
-def by_hand() -> tuple[nn.Module, nss.SemanticSlicing, list]:
+def by_hand(device: torch.device | str = "cpu") -> tuple[nn.Module, nss.SemanticSlicing, list]:
     """Four neurons; 0 and 1 answer for one class each, and nothing reads 2 and 3."""
     model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     with torch.no_grad():
@@ -26,6 +26,7 @@ def by_hand() -> tuple[nn.Module, nss.SemanticSlicing, list]:
         model[0].bias.zero_()
         model[2].weight.copy_(torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]]))
         model[2].bias.copy_(torch.tensor([0.1, 0.0]))
+    model.to(device)
     x = torch.eye(2).repeat(3, 1)
     batches = [(x, torch.tensor([0, 1, 0, 1, 0, -100]))]
 
@@ -36,8 +37,8 @@ def by_hand() -> tuple[nn.Module, nss.SemanticSlicing, list]:
 
 
 class TestByHand:
-    def test_accuracies(self):
-        model, slicing, batches = by_hand()
+    def test_accuracies(self, device):
+        model, slicing, batches = by_hand(device)
         found = nss.faithfulness(model, slicing, batches, thresholds=(0.6, 0.9, 1.0), draws=400)
         assert found.metric == "score"
         assert found.samples.tolist() == [3, 2]

@@ -2,13 +2,14 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from bench import each_op, gpu, report, sanitizer, stages
+from bench import each_op, gpu, gram, harness, masked_optim, report, rows, sanitizer, stages
 from bench.device import ENOUGH, LONG, Replays
 from bench.stages import Ended, Outcome, Stage
 
@@ -276,3 +277,50 @@ class TestTiming:
         replays, fake, _ = self.replays([LONG * 2], captured=False)
         replays.seconds()
         assert fake.captured == 0
+
+
+class ProcessorAsGpu:
+    """Runs at once what a GPU would replay."""
+
+    def warm_up(self, run):
+        run()
+
+    def capture(self, run):
+        run()
+        return run
+
+    def time(self, runs):
+        times = []
+        for run in runs:
+            begin = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - begin)
+        return times
+
+
+class TestBenchmarks:
+    """Benchmarks with sizes of their own for a GPU, small ones, on the path that a GPU takes."""
+
+    @pytest.fixture(autouse=True)
+    def _as_on_a_gpu(self, monkeypatch):
+        monkeypatch.setattr("bench.device.GPU", ProcessorAsGpu())
+        monkeypatch.setattr("bench.device.ENOUGH", 1e-4)
+        monkeypatch.setattr(harness, "ON_GPU", True)
+        monkeypatch.setattr(harness, "CACHE_BYTES", 1024)
+
+    def test_gram(self):
+        found = gram.measure("x", 300, 40, rounds=2, patience=0).values
+        assert {"ms", "limit", "vs_float64", "vs_float32"} == found.keys()
+
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_rows(self, groups):
+        found = rows.measure("x", rows.Layer(4, 8, 8, 6, groups), 0.5, rounds=2, patience=0).values
+        assert {"ms", "limit", "vs_whole"} <= found.keys()
+
+    @pytest.mark.parametrize("share", masked_optim.SHARES)
+    @pytest.mark.parametrize("kind", masked_optim.KINDS)
+    def test_masked_optim(self, kind, share):
+        (count, _), kind = masked_optim.GPU_SIZES["8 × 8192²"], masked_optim.KINDS[kind]
+        workload = masked_optim.workload("x", kind, count, 32, share, rotated=1)
+        found = harness.measure(workload, rounds=2, patience=0).values
+        assert {"ms", "limit", "vs_hook", "vs_correct", "vs_fused"} <= found.keys()

@@ -37,8 +37,10 @@ class ChannelsFirstLayerNorm(nn.Module):
         return (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True)
 
 
-def traced(model: nn.Module, *shape: int) -> tuple[nn.Module, Graph]:
-    model = settled(model, *shape)
+def traced(
+    model: nn.Module, *shape: int, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, Graph]:
+    model = settled(model, *shape, device=device)
     return model, trace(model, Inputs((torch.randn(3, *shape),)))
 
 
@@ -78,12 +80,12 @@ class TestNorms:
         assert Graph.from_json(graph.to_json()) == graph
 
     @pytest.mark.parametrize("name", NORMS)
-    def test_neurons_are_masked_before_and_after(self, name):
+    def test_neurons_are_masked_before_and_after(self, name, device):
         make, units = NORMS[name]
-        model, graph = traced(Normed(make()), 1, 8, 8)
+        model, graph = traced(Normed(make()), 1, 8, 8, device=device)
         keep = torch.arange(12) < 5
         expected = keep.view(units, -1).any(1).repeat_interleave(12 // units)
-        x = torch.randn(3, 1, 8, 8)
+        x = torch.randn(3, 1, 8, 8).to(device)
         kept = Slice(graph, {"conv": keep}) | ~Slice(graph, {"conv": torch.ones(12) > 0})
         with kept.applied(model):
             seen = seen_by(model, Inputs((x,)), {"norm"})
@@ -91,9 +93,9 @@ class TestNorms:
         for tensor in seen["norm"]:
             assert (tensor[:, ~expected] == 0).all()
             assert (tensor[:, expected] != 0).any()
-        shape = (1, 12, 1, 1)
-        y = torch.where(expected.view(shape), F.relu(model.conv(x)), 0.0)
-        y = torch.where(expected.view(shape), F.relu(model.norm(y)), 0.0)
+        shape, there = (1, 12, 1, 1), expected.to(device)
+        y = torch.where(there.view(shape), F.relu(model.conv(x)), 0.0)
+        y = torch.where(there.view(shape), F.relu(model.norm(y)), 0.0)
         y = model.head(F.relu(model.read(y)).mean((2, 3)))
         torch.testing.assert_close(got, y)
         assert torch.equal(kept.closed().mask("conv"), expected)

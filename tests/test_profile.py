@@ -37,10 +37,10 @@ def everything(model, batches):
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_equals_all_activations_at_once(name):
-    model = settled(IMAGES[name](), 1, 8, 8)
+def test_equals_all_activations_at_once(name, device):
+    model = settled(IMAGES[name](), 1, 8, 8, device=device)
     profile = nss.profile(model, BATCHES, metrics=("avg", "var", "taylor"))
-    tensors, y = everything(copy.deepcopy(model), BATCHES)
+    tensors, y = everything(copy.deepcopy(model).cpu(), BATCHES)
     assert profile.graph.sites
     for site in profile.graph.sites:
         reader = site.readers[0]
@@ -51,15 +51,15 @@ def test_equals_all_activations_at_once(name):
         a, g = (t.reshape(len(y), site.neurons, -1) for t in (a, g))
         expected = reference.class_stats(a, y, 4)
         stats = profile.activations[site.name]
-        torch.testing.assert_close(stats.mean, expected.mean, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(stats.m2, expected.m2, rtol=1e-4, atol=1e-6)
-        torch.testing.assert_close(stats.max.double(), expected.max, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.mean.cpu(), expected.mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.m2.cpu(), expected.m2, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(stats.max.cpu().double(), expected.max, rtol=1e-5, atol=1e-6)
         contribution = reference.class_stats((a * g).mean(2), y, 4)
         got = profile.contributions[site.name]
         scale = contribution.mean_abs.max()
-        torch.testing.assert_close(got.mean, contribution.mean, rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(got.mean.cpu(), contribution.mean, rtol=1e-4, atol=1e-5 * scale)
         torch.testing.assert_close(
-            got.mean_abs.double(), contribution.mean_abs, rtol=1e-4, atol=1e-5 * scale
+            got.mean_abs.cpu().double(), contribution.mean_abs, rtol=1e-4, atol=1e-5 * scale
         )
 
 

@@ -13,9 +13,9 @@ from neusemslice import Profiler, reference
 BATCHES = loader(24, shape=(12,))
 
 
-def profiled(batches=BATCHES, **options):
+def profiled(batches=BATCHES, device="cpu", **options):
     torch.manual_seed(0)
-    return nss.profile(settled(Mlp(), 12), batches, **options)
+    return nss.profile(settled(Mlp(), 12, device=device), batches, **options)
 
 
 def assert_close(a, b, rtol=1e-6):
@@ -30,20 +30,21 @@ def assert_same_bits(a, b):
 
 
 class TestOwnLoop:
-    def run(self, metrics=("avg",)):
+    def run(self, metrics=("avg",), device="cpu"):
         torch.manual_seed(0)
-        model = settled(Mlp(), 12)
+        model = settled(Mlp(), 12, device=device)
         with Profiler(model, BATCHES[0][0][:2], metrics) as profiler:
             for x, y in BATCHES:
                 with profiler.batch(y):
+                    x, y = x.to(device), y.to(device)
                     loss = F.cross_entropy(model(x), y, reduction="sum")
                     if "taylor" in metrics:
                         loss.backward()
         return profiler.profile
 
     @pytest.mark.parametrize("metrics", [("avg",), ("avg", "taylor")])
-    def test_equals_the_one_call(self, metrics):
-        assert_same_bits(self.run(metrics), profiled(metrics=metrics))
+    def test_equals_the_one_call(self, metrics, device):
+        assert_same_bits(self.run(metrics, device), profiled(metrics=metrics, device=device))
 
     def test_a_batch_alone_brings_its_hooks_and_takes_them_away(self):
         model = settled(Mlp(), 12)
@@ -76,16 +77,16 @@ class TestOwnLoop:
             ):
                 model(images(2, 12))
 
-    def test_weights(self):
-        model = settled(Mlp(), 12)
+    def test_weights(self, device):
+        model = settled(Mlp(), 12, device=device)
         x, y, w = images(9, 12), torch.arange(9) % 4, torch.rand(9)
         profiler = Profiler(model, x[:2])
         with profiler.batch(y, weights=w):
-            model(x)
-        hidden = model.first(x).relu().detach()
+            model(x.to(device))
+        hidden = model.cpu().first(x).relu().detach()
         expected = reference.class_stats(hidden, y, 4, weight=w)
         torch.testing.assert_close(
-            profiler.profile.activations["first"].mean, expected.mean, rtol=1e-6, atol=1e-8
+            profiler.profile.activations["first"].mean.cpu(), expected.mean, rtol=1e-6, atol=1e-8
         )
         with (
             pytest.raises(ValueError, match=r"weights must have shape \[9\], got \[3\]"),

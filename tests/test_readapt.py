@@ -19,8 +19,8 @@ BATCHES = loader(96)
 SHIFTED = [(x * 1.5 + 0.7, y) for x, y in BATCHES]
 
 
-def made(name="residual", threshold=0.9):
-    model = settled(IMAGES[name](), 1, 8, 8)
+def made(name="residual", threshold=0.9, device="cpu"):
+    model = settled(IMAGES[name](), 1, 8, 8, device=device)
     return model, nss.slice(nss.profile(model, BATCHES), threshold=threshold)
 
 
@@ -38,8 +38,8 @@ def tuned_rows(result):
 
 
 @pytest.mark.parametrize("name", IMAGES)
-def test_everything_outside_the_tuned_rows_keeps_its_bits(name):
-    model, slicing = made(name)
+def test_everything_outside_the_tuned_rows_keeps_its_bits(name, device):
+    model, slicing = made(name, device=device)
     before = copy.deepcopy(model.state_dict())
     result = nss.readapt(
         model, slicing, SHIFTED, budget=0.4, epochs=2, weight_decay=0.1, validation=None
@@ -62,8 +62,10 @@ def test_everything_outside_the_tuned_rows_keeps_its_bits(name):
 
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("recalibrate", [False, True])
-def test_the_delta_turns_the_given_model_into_the_result_and_back(name, recalibrate, tmp_path):
-    model, slicing = made(name)
+def test_the_delta_turns_the_given_model_into_the_result_and_back(
+    name, recalibrate, tmp_path, device
+):
+    model, slicing = made(name, device=device)
     result = nss.readapt(
         model, slicing, SHIFTED, 0.4, epochs=2, recalibrate=recalibrate, validation=None
     )

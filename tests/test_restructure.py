@@ -3,6 +3,7 @@
 import copy
 import functools
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 
 import neusemslice as nss
 from neusemslice import Slice
-from neusemslice.maintain import measure, parameter_count
+from neusemslice.graph import cut as cut_copy
+from neusemslice.maintain import cutting, measure, parameter_count
 from neusemslice.maintain import restructure as restructure_function
 from neusemslice.maintain.cost import sliced_cost
 from neusemslice.maintain.cutting import TOLERANCE, check_pruned, prune
@@ -21,21 +23,22 @@ cut = functools.partial(nss.restructure, compensate=False)
 X = images(9, 1, 8, 8, seed=1)
 
 
-def made(name="lenet", threshold=0.8):
+def made(name="lenet", threshold=0.8, device="cpu"):
     torch.manual_seed(1)
-    model = settled(IMAGES[name](), 1, 8, 8)
+    model = settled(IMAGES[name](), 1, 8, 8, device=device)
     return model, nss.slice(nss.profile(model, BATCHES), threshold=threshold)
 
 
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("keep", [0.3, 0.7])
-def test_pruned_equals_masked(name, keep):
-    model, slicing = made(name)
+def test_pruned_equals_masked(name, keep, device):
+    model, slicing = made(name, device=device)
+    x = X.to(device)
     before = copy.deepcopy(model.state_dict())
     result = cut(model, slicing, calibration=BATCHES, keep=keep)
     with result.kept.applied(model):
-        masked = model(X)
-    pruned = result.model(X)
+        masked = model(x)
+    pruned = result.model(x)
     assert (pruned - masked).abs().max() <= TOLERANCE * masked.abs().max()
     assert result.report.difference <= TOLERANCE
     if name == "grouped":  # nothing of it may be removed one by one
@@ -199,32 +202,37 @@ class TestWrongMapping:
 
     @pytest.mark.parametrize("name", ["lenet", "residual", "concatenated"])
     def test_raises_and_names_the_site(self, name, monkeypatch):
-        from torch_pruning import DependencyGraph
-
-        real = DependencyGraph.get_pruning_group
-
-        def wrong(self, module, fn, idxs):
-            size = module.out_channels if isinstance(module, nn.Conv2d) else module.out_features
-            shifted = sorted((i + 1) % size for i in idxs) if len(idxs) < size else idxs
-            return real(self, module, fn, shifted)
+        def wrong(model, graph, masks):
+            return cut_copy(model, graph, {site: mask.roll(1) for site, mask in masks.items()})
 
         model, slicing = made(name)
         first = slicing.profile.graph.sites[0].name
-        monkeypatch.setattr(DependencyGraph, "get_pruning_group", wrong)
+        monkeypatch.setattr(cutting, "cut", wrong)
         with pytest.raises(RuntimeError, match=f"differs from the masked.*at site {first}"):
             cut(model, slicing, calibration=BATCHES, keep=0.5)
 
+    @pytest.mark.parametrize("name", ["lenet", "residual", "concatenated", "depthwise"])
+    def test_a_wrong_column_raises(self, name, monkeypatch):
+        """Readers that lose the weights of a neuron that stays."""
+
+        def wrong(model, graph, masks):
+            shifted = {site: mask.roll(1) for site, mask in masks.items()}
+            rows = replace(graph, sites=tuple(replace(s, columns=()) for s in graph.sites))
+            columns = tuple(replace(s, rows=(), counts=()) for s in graph.sites)
+            return cut_copy(cut_copy(model, rows, masks), replace(graph, sites=columns), shifted)
+
+        model, slicing = made(name)
+        monkeypatch.setattr(cutting, "cut", wrong)
+        with pytest.raises(RuntimeError, match="the pruned model differs from the masked one"):
+            cut(model, slicing, calibration=BATCHES, keep=0.5)
+
     def test_a_cut_that_does_not_fit_raises(self, monkeypatch):
-        from torch_pruning.dependency import Group
-
-        real = Group.prune
-
-        def half(self, *args, **options):
-            self._group = self._group[:1]  # the producer only, not its readers
-            return real(self, *args, **options)
+        def half(model, graph, masks):
+            sites = tuple(replace(site, columns=()) for site in graph.sites)
+            return cut_copy(model, replace(graph, sites=sites), masks)
 
         model, slicing = made("residual")
-        monkeypatch.setattr(Group, "prune", half)
+        monkeypatch.setattr(cutting, "cut", half)
         with pytest.raises(RuntimeError, match="the pruned model does not run"):
             cut(model, slicing, calibration=BATCHES, keep=0.5)
 
@@ -233,7 +241,7 @@ class TestWrongMapping:
 
         model, slicing = made("lenet")
         kept = Slice.whole(slicing.profile.graph)
-        pruned = prune(model, kept, Inputs((X,)))
+        pruned = prune(model, kept)
         with torch.no_grad():
             pruned[7].weight[0, 0] += 0.5
         with pytest.raises(RuntimeError, match="first difference is at site 7"):

@@ -134,15 +134,15 @@ LAYERS = {
 
 class TestGradients:
     @pytest.mark.parametrize("name", LAYERS)
-    def test_are_the_rows_of_the_dense_one(self, name):
+    def test_are_the_rows_of_the_dense_one(self, name, device):
         model, shape, dims = LAYERS[name]
-        model = copy.deepcopy(model).double()
-        assert_rows_of_dense(model, torch.randn(shape, dtype=torch.float64), dims)
+        model = copy.deepcopy(model).double().to(device)
+        assert_rows_of_dense(model, torch.randn(shape, dtype=torch.float64, device=device), dims)
 
     @pytest.mark.parametrize("name", IMAGES)
-    def test_of_whole_networks(self, name):
-        model = settled(IMAGES[name](), 1, 8, 8).double()
-        assert_rows_of_dense(model, torch.randn(5, 1, 8, 8, dtype=torch.float64))
+    def test_of_whole_networks(self, name, device):
+        model = settled(IMAGES[name](), 1, 8, 8, device=device).double()
+        assert_rows_of_dense(model, torch.randn(5, 1, 8, 8, dtype=torch.float64, device=device))
 
     @pytest.mark.parametrize("dim", [0, 1])
     @pytest.mark.parametrize("options", [{}, {"padding_idx": 3, "scale_grad_by_freq": True}])

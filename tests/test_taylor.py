@@ -79,8 +79,8 @@ def assert_matches(profile, expected, rtol):
     for name, (mean, mean_abs) in expected.items():
         got, scale = profile.contributions[name], float(mean_abs.max())
         assert scale > 0, name
-        assert (got.mean - mean).abs().max() <= rtol * scale, name
-        assert (got.mean_abs - mean_abs).abs().max() <= rtol * scale, name
+        assert (got.mean.cpu() - mean).abs().max() <= rtol * scale, name
+        assert (got.mean_abs.cpu() - mean_abs).abs().max() <= rtol * scale, name
 
 
 def assert_same_bits(a, b):
@@ -94,10 +94,10 @@ ROUNDING = 1e-5
 
 class TestOneByOne:
     @pytest.mark.parametrize("name", IMAGES)
-    def test_convolutions(self, name):
-        model = settled(IMAGES[name](), 1, 8, 8)
+    def test_convolutions(self, name, device):
+        model = settled(IMAGES[name](), 1, 8, 8, device=device)
         profile = nss.profile(model, PICTURES, ("taylor",))
-        assert_matches(profile, one_by_one(model, profile.graph, PICTURES, 4), ROUNDING)
+        assert_matches(profile, one_by_one(model.cpu(), profile.graph, PICTURES, 4), ROUNDING)
 
     def test_linear_layers_in_float64(self):
         model = settled(Mlp(), 12).double()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from bench import gpu
+
 ROOT = Path(__file__).parent.parent
 MISSING = (
     "accelerate",
@@ -51,7 +53,8 @@ def test_everything_that_a_gpu_machine_runs_is_imported():
         if path.stem not in ("readapt", "readapt_step", "tuning")
     ]
     tests = [path.stem for path in (ROOT / "tests" / "ops").glob("test_*.py")]
-    modules = ["neusemslice", *sorted(benchmarks), *sorted(tests), "test_optim", "conftest"]
+    tests += [Path(path).stem for path in gpu.TESTS if path.endswith(".py")]
+    modules = ["neusemslice", *sorted(benchmarks), *sorted(tests), "conftest"]
     found = run_without(f"for name in {modules!r}: importlib.import_module(name)")
     assert found.returncode == 0, found.stderr
 
@@ -59,6 +62,7 @@ def test_everything_that_a_gpu_machine_runs_is_imported():
 CHECKS = {
     "class_stats": "b.workload(b.Case('x', (4096, 512), 3), with_compile=False).check()",
     "contribution": "b.kernel_workload('x', (2048, 512), 3).check()",
+    "rows": "b.measure('x', b.Layer(4, 8, 8, 6, 2), 0.5, rounds=1, patience=0)",
     "similarity": "b.row_case(300, 8, 3, with_faiss=True, rounds=1).check(); print(b.note())",
     "profiler": "b.main()",
 }

@@ -65,12 +65,78 @@ CONFIGS = {
         LLAMA | {"num_local_experts": 4, "experts_implementation": "eager"},
     ),
 }
-IMAGES = ("vit", "swin")
+EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
+OTHERS = {
+    "mistral": (
+        transformers.MistralForSequenceClassification,
+        transformers.MistralConfig,
+        LLAMA | {"head_dim": 4},
+    ),
+    "olmo2": (transformers.Olmo2ForCausalLM, transformers.Olmo2Config, LLAMA),
+    "bloom": (
+        transformers.BloomForSequenceClassification,
+        transformers.BloomConfig,
+        {
+            "vocab_size": 50,
+            "hidden_size": 16,
+            "n_layer": 2,
+            "n_head": 4,
+            "num_labels": 3,
+            "pad_token_id": 0,
+        },
+    ),
+    "gpt-neox": (
+        transformers.GPTNeoXForSequenceClassification,
+        transformers.GPTNeoXConfig,
+        TEXT,
+    ),
+    "gpt-oss": (
+        transformers.GptOssForSequenceClassification,
+        transformers.GptOssConfig,
+        LLAMA | EXPERTS | {"head_dim": 4, "num_local_experts": 4},
+    ),
+    "qwen3-moe": (
+        transformers.Qwen3MoeForSequenceClassification,
+        transformers.Qwen3MoeConfig,
+        LLAMA | EXPERTS | {"head_dim": 4, "num_experts": 4, "moe_intermediate_size": 12},
+    ),
+}
+"""Further texts' models, with something that those above have not."""
+CONVNETS = {
+    "resnet": (
+        transformers.ResNetForImageClassification,
+        transformers.ResNetConfig,
+        {
+            "embedding_size": 8,
+            "hidden_sizes": [8, 16],
+            "depths": [2, 2],
+            "layer_type": "basic",
+            "num_labels": 3,
+        },
+    ),
+    "convnext": (
+        transformers.ConvNextForImageClassification,
+        transformers.ConvNextConfig,
+        {"hidden_sizes": [8, 12], "depths": [2, 2], "num_stages": 2, "num_labels": 3},
+    ),
+}
+IMAGES = ("vit", "swin", *CONVNETS)
+
+
+def convnet(name: str) -> nn.Module:
+    """One of ``CONVNETS`` in evaluation mode, with biases and norms that are not trivial."""
+    cls, config, settings = CONVNETS[name]
+    torch.manual_seed(0)
+    model = cls(config(**settings))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model.eval()
 
 
 def transformer(name: str, attention: str = "sdpa", **changes: object) -> nn.Module:
-    """One of ``CONFIGS`` in evaluation mode, with biases and norms that are not trivial."""
-    cls, config, settings = CONFIGS[name]
+    """One of the texts' or images' models, with biases and norms that are not trivial."""
+    cls, config, settings = (CONFIGS | OTHERS)[name]
     torch.manual_seed(0)
     model = cls(config(**settings | changes, attn_implementation=attention))
     with torch.no_grad():

@@ -42,13 +42,26 @@ inline std::string describe(const at::Tensor& t) {
   return out.str();
 }
 
-inline void check_dtype(const at::Tensor& t, at::ScalarType dtype, const char* op,
-                        const char* argument) {
+// An item of a list of tensors, as messages name it: written out only where there is a message.
+struct ListItem {
+  const char* list;
+  size_t index;
+};
+
+inline std::ostream& operator<<(std::ostream& out, const ListItem& item) {
+  return out << item.list << "[" << item.index << "]";
+}
+
+// `argument` is the argument's name: a string or a ListItem.
+
+template <typename Name>
+void check_dtype(const at::Tensor& t, at::ScalarType dtype, const char* op, const Name& argument) {
   TORCH_CHECK_TYPE(t.scalar_type() == dtype, op, ": ", argument, " must be ", dtype_name(dtype),
                    ", got ", describe(t));
 }
 
-inline void check_floating(const at::Tensor& t, const char* op, const char* argument) {
+template <typename Name>
+void check_floating(const at::Tensor& t, const char* op, const Name& argument) {
   const bool known = t.scalar_type() == at::kDouble || t.scalar_type() == at::kFloat ||
                      t.scalar_type() == at::kHalf || t.scalar_type() == at::kBFloat16;
   TORCH_CHECK_TYPE(known, op, ": ", argument,
@@ -69,19 +82,20 @@ inline Element element_of(const at::Tensor& x) {
   }
 }
 
-inline void check_shape(const at::Tensor& t, at::IntArrayRef shape, const char* op,
-                        const char* argument) {
+template <typename Name>
+void check_shape(const at::Tensor& t, at::IntArrayRef shape, const char* op, const Name& argument) {
   TORCH_CHECK_VALUE(t.sizes() == shape, op, ": ", argument, " must have shape ", shape, ", got ",
                     describe(t));
 }
 
-inline void check_contiguous(const at::Tensor& t, const char* op, const char* argument) {
+template <typename Name>
+void check_contiguous(const at::Tensor& t, const char* op, const Name& argument) {
   TORCH_CHECK_VALUE(t.is_contiguous(), op, ": ", argument, " must be contiguous, got ", describe(t),
                     " with strides ", t.strides());
 }
 
-inline void check_device(const at::Tensor& t, at::Device device, const char* op,
-                         const char* argument) {
+template <typename Name>
+void check_device(const at::Tensor& t, at::Device device, const char* op, const Name& argument) {
   TORCH_CHECK_VALUE(t.device() == device, op, ": ", argument, " must be on ", device, ", got ",
                     describe(t));
 }

@@ -12,10 +12,6 @@
 namespace neusemslice::ops {
 namespace {
 
-std::string item(const char* list, size_t index) {
-  return std::string(list) + "[" + std::to_string(index) + "]";
-}
-
 void check_length(size_t length, size_t expected, const char* op, const char* list) {
   TORCH_CHECK_VALUE(length == expected, op, ": ", list, " must hold ", expected,
                     " items, one for each parameter that needs one, got ", length);
@@ -31,7 +27,7 @@ void check_one_float(const at::Tensor& t, const char* op, const char* argument) 
                     describe(t));
 }
 
-TunedRows locate(const char* op, const std::string& name, const at::Tensor& param,
+TunedRows locate(const char* op, const ListItem& name, const at::Tensor& param,
                  const at::Tensor& grad, const at::Tensor& rows, int64_t dim) {
   TunedRows where;
   where.rows = rows.const_data_ptr<int64_t>();
@@ -53,17 +49,16 @@ TunedRows locate(const char* op, const std::string& name, const at::Tensor& para
 
 // Checks one item of a list that is as the parameter with the tuned rows only.
 void check_compact(const at::Tensor& t, at::ScalarType dtype, at::IntArrayRef shape,
-                   at::Device device, const char* op, const std::string& name) {
-  check_dtype(t, dtype, op, name.c_str());
-  check_shape(t, shape, op, name.c_str());
-  check_device(t, device, op, name.c_str());
-  check_contiguous(t, op, name.c_str());
+                   at::Device device, const char* op, const ListItem& name) {
+  check_dtype(t, dtype, op, name);
+  check_shape(t, shape, op, name);
+  check_device(t, device, op, name);
+  check_contiguous(t, op, name);
 }
 
-void check_param(const at::Tensor& param, at::Device device, const char* op,
-                 const std::string& name) {
-  check_floating(param, op, name.c_str());
-  check_device(param, device, op, name.c_str());
+void check_param(const at::Tensor& param, at::Device device, const char* op, const ListItem& name) {
+  check_floating(param, op, name);
+  check_device(param, device, op, name);
   TORCH_CHECK_VALUE(param.dim() >= 1, op, ": ", name, " must have at least one dimension, got ",
                     describe(param));
   TORCH_CHECK_VALUE(at::has_internal_overlap(param) != at::MemOverlap::Yes, op, ": ", name,
@@ -118,17 +113,17 @@ OptimizerTensors checked_tensors(const OptimizerLists& lists) {
   for (size_t i = 0; i < count; ++i) {
     const at::Tensor& param = lists.params[i];
     const at::Device device = lists.params[0].device();
-    const std::string param_name = item("params", i);
+    const ListItem param_name{"params", i};
     check_param(param, device, op, param_name);
     const int64_t given = lists.neuron_dims[i];
     const int64_t dim = given < 0 ? given + param.dim() : given;
-    TORCH_CHECK_VALUE(dim >= 0 && dim < param.dim(), op, ": ", item("neuron_dims", i),
+    TORCH_CHECK_VALUE(dim >= 0 && dim < param.dim(), op, ": ", ListItem{"neuron_dims", i},
                       " must name a dimension of ", param_name, ", got ", given, " for ",
                       describe(param));
 
-    const std::string rows_name = item("rows", i);
-    check_dtype(lists.rows[i], at::kLong, op, rows_name.c_str());
-    check_device(lists.rows[i], device, op, rows_name.c_str());
+    const ListItem rows_name{"rows", i};
+    check_dtype(lists.rows[i], at::kLong, op, rows_name);
+    check_device(lists.rows[i], device, op, rows_name);
     TORCH_CHECK_VALUE(lists.rows[i].dim() == 1, op, ": ", rows_name, " must be int64 [R], got ",
                       describe(lists.rows[i]));
     // Copies only a strided selection of a longer list.
@@ -137,9 +132,9 @@ OptimizerTensors checked_tensors(const OptimizerLists& lists) {
     compact[dim] = rows.numel();
 
     const at::Tensor& grad = lists.grads[i];
-    const std::string grad_name = item("grads", i);
-    check_dtype(grad, param.scalar_type(), op, grad_name.c_str());
-    check_device(grad, device, op, grad_name.c_str());
+    const ListItem grad_name{"grads", i};
+    check_dtype(grad, param.scalar_type(), op, grad_name);
+    check_device(grad, device, op, grad_name);
     TORCH_CHECK_VALUE(grad.sizes() == param.sizes() || grad.sizes() == compact, op, ": ", grad_name,
                       " must have shape ", param.sizes(), " or, of the rows alone, ",
                       at::IntArrayRef(compact), ", got ", describe(grad));
@@ -149,7 +144,7 @@ OptimizerTensors checked_tensors(const OptimizerLists& lists) {
       if (!lists.states[kind].wanted) continue;
       const at::Tensor& state = lists.states[kind].tensors[i];
       check_compact(state, state_dtype(param), compact, device, op,
-                    item(lists.states[kind].name, i));
+                    ListItem{lists.states[kind].name, i});
       update.states[kind] = state.mutable_data_ptr();
     }
     if (!lists.masters.empty()) {
@@ -157,12 +152,12 @@ OptimizerTensors checked_tensors(const OptimizerLists& lists) {
       const at::ScalarType dtype = param.scalar_type();
       TORCH_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16, op, ": ", param_name,
                        " must be float16 or bfloat16 to have a master, got ", describe(param));
-      check_compact(master, at::kFloat, compact, device, op, item("masters", i));
+      check_compact(master, at::kFloat, compact, device, op, ListItem{"masters", i});
       update.master = master.mutable_data_ptr<float>();
     }
     if (lists.steps_wanted) {
       const at::Tensor& steps = lists.steps[i];
-      check_compact(steps, at::kFloat, {rows.numel()}, device, op, item("steps", i));
+      check_compact(steps, at::kFloat, {rows.numel()}, device, op, ListItem{"steps", i});
       update.steps = steps.mutable_data_ptr<float>();
     }
     update.row_count = rows.numel();

@@ -19,8 +19,9 @@
 // others, rounded once at the end. On the CPU they are taken in an order that depends on shapes
 // alone, so the bits are the same each time, at any number of threads; those of rows_conv_backward
 // and rows_bias_backward also with any instruction set. On CUDA they are as deterministic as the
-// ATen operators that they are made of. A value of x that is not finite may spoil all taps of its
-// channel. The first two are differentiable by formulas that stand beside their Python wrappers.
+// ATen operators that they are made of, and factors of float32 are rounded to TF32 where torch
+// allows that. A value of x that is not finite may spoil all taps of its channel. The first two are
+// differentiable by formulas that stand beside their Python wrappers.
 
 #include <ATen/core/Tensor.h>
 

@@ -1,6 +1,7 @@
 """Which parameters belong to a neuron, where it is observed, and what it is coupled to."""
 
-from neusemslice.graph.dependencies import dependency_graph
+from neusemslice.graph.cut import cut
+from neusemslice.graph.experts import choosing_among, shares
 from neusemslice.graph.fit import misfit
 from neusemslice.graph.layers import dim_of as layer_dim
 from neusemslice.graph.layers import is_transposed_linear, weight_dims
@@ -16,10 +17,11 @@ from neusemslice.graph.model import (
     unwrapped,
 )
 from neusemslice.graph.sharding import is_sharded, smallest
-from neusemslice.graph.sites import Graph, Group, Layer, Norm, Reader, Site, Span
-from neusemslice.graph.trace import trace
+from neusemslice.graph.sites import Count, Graph, Group, Layer, Norm, Reader, Site, Span
+from neusemslice.graph.trace import multiply_adds, trace
 
 __all__ = [
+    "Count",
     "Graph",
     "Group",
     "Inputs",
@@ -28,7 +30,8 @@ __all__ = [
     "Reader",
     "Site",
     "Span",
-    "dependency_graph",
+    "choosing_among",
+    "cut",
     "device_of",
     "evaluation",
     "fingerprint",
@@ -38,7 +41,9 @@ __all__ = [
     "layer_dim",
     "logits_of",
     "misfit",
+    "multiply_adds",
     "reset_compiler",
+    "shares",
     "smallest",
     "tensors_in",
     "trace",

@@ -32,7 +32,7 @@ from neusemslice.graph.layers import (
     weight_dims,
 )
 from neusemslice.graph.probe import Probe
-from neusemslice.graph.sites import Graph, Group, Reader, Site, Span
+from neusemslice.graph.sites import Count, Graph, Group, Reader, Site, Span
 
 Layout = tuple[tuple[int, int], ...]
 """(start, repeat) of each range of a source's output features that holds neurons."""
@@ -40,6 +40,10 @@ Layout = tuple[tuple[int, int], ...]
 
 IDLE = "queries and keys change nothing in the batch that the model was traced with"
 """Why nothing can be said of an attention, not even that it is none."""
+
+
+UNDIVIDED = "its attention does not divide into heads with queries, keys and values of their own"
+"""Why an attention has no neurons."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,19 @@ class Heads:
     layouts: Mapping[nn.Module, Layout]
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What heads own apart from features of layers.
+
+    Attributes:
+        rows: parameters that no layer computes with, such as tables of biases.
+        counts: numbers in modules that say how many heads there are.
+    """
+
+    rows: tuple[Span, ...] = ()
+    counts: tuple[Count, ...] = ()
+
+
 def find_attentions(calls: Mapping[nn.Module, Call]) -> list[Attention]:
     """The attentions of a model whose layers were run with gradients, in the order of the run."""
     writers = {node: layer for layer, call in calls.items() for node in call.writes}
@@ -92,6 +109,7 @@ def find_attentions(calls: Mapping[nn.Module, Call]) -> list[Attention]:
 def with_heads(
     graph: Graph,
     heads: Mapping[Attention, Heads | str],
+    parts: Mapping[Attention, Parts],
     names: Mapping[nn.Module, str],
     calls: Mapping[nn.Module, Call],
 ) -> Graph:
@@ -109,8 +127,8 @@ def with_heads(
         owned.update(attention.sources)
         for source in attention.sources:
             skipped.pop(names[source], None)
-        sites.append(_site(attention, answer, names, calls, len(groups)))
-        groups.append(Group((sites[-1].name,), "attention heads cannot be removed yet"))
+        sites.append(_site(attention, answer, parts[attention], names, calls, len(groups)))
+        groups.append(Group((sites[-1].name,)))
     order = {names[layer]: call.order for layer, call in calls.items()}
     sites.sort(key=lambda site: order[site.readers[0].module])
     return replace(graph, sites=tuple(sites), groups=tuple(groups), skipped=skipped)
@@ -119,6 +137,7 @@ def with_heads(
 def _site(
     attention: Attention,
     heads: Heads,
+    parts: Parts,
     names: Mapping[nn.Module, str],
     calls: Mapping[nn.Module, Call],
     group: int,
@@ -136,8 +155,10 @@ def _site(
             for source, layout in heads.layouts.items()
             for start, repeat in layout
             for span in rows_of(source, names[source], start, repeat)
-        ),
+        )
+        + parts.rows,
         columns=(Span(f"{name}.weight", dim, 0, heads.repeat),),
+        counts=parts.counts,
     )
 
 
@@ -231,7 +252,7 @@ def _search(attention: Attention, calls: Mapping[nn.Module, Call]) -> _Search:
             named = (values or sources)[0]
             first_named = {named: layouts[named], **layouts}
             return Heads(width // repeat, repeat, first_named)
-    return "its attention does not divide into heads with queries, keys and values of their own"
+    return UNDIVIDED
 
 
 def _layouts(
@@ -239,7 +260,7 @@ def _layouts(
 ) -> Generator[dict[nn.Module, Tensor], Tensor, dict[nn.Module, Layout] | None]:
     """The layout of each source in which that many neurons keep to themselves, if there are."""
     repeat = width // neurons
-    parts = list(_halves(neurons))
+    parts = list(halves(neurons))
     layouts: dict[nn.Module, Layout] = {}
     for source in sources:
         size = out_features(source)
@@ -272,7 +293,7 @@ def _possible_layouts(size: int, width: int, neurons: int) -> Iterator[Layout]:
         yield ((0, width // neurons), (width, keys), (width + shared, keys))
 
 
-def _halves(neurons: int) -> Iterator[Tensor]:
+def halves(neurons: int) -> Iterator[Tensor]:
     """Subsets, bool [C], such that any neuron is in one that any other is not in."""
     index = torch.arange(neurons)
     for bit in range((neurons - 1).bit_length()):

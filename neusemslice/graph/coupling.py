@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -31,12 +31,13 @@ from neusemslice.graph.layers import (
     is_grouped,
     is_layer,
     mixes_neurons,
+    norm_rows,
     out_features,
     rows_of,
     weight_dims,
 )
 from neusemslice.graph.probe import Probe
-from neusemslice.graph.sites import Graph, Group, Reader, Site, Span
+from neusemslice.graph.sites import Count, Graph, Group, Reader, Site, Span
 
 if TYPE_CHECKING:
     from torch_pruning.dependency.node import Node
@@ -50,6 +51,8 @@ class _Group:
     outputs: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)
     inputs: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)
     norms: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)
+    # Parameters of no layer or norm that the neurons meet, and along which dimension.
+    parameters: dict[str, Span] = field(default_factory=dict)
     problem: str = ""
 
 
@@ -117,6 +120,8 @@ class _Tracer:
             return group
         for item in items:
             module, handler = item.dep.target.module, item.dep.handler
+            if isinstance(module, nn.Parameter):
+                self._add_parameter(group, producer, item)
             if module is producer or not isinstance(module, nn.Module):
                 continue
             if module not in self.names:
@@ -184,6 +189,17 @@ class _Tracer:
         if is_grouped(module):
             group.problem = f"{name} is a grouped convolution"
 
+    def _add_parameter(self, group: _Group, producer: nn.Module, item: Any) -> None:
+        """Enters a parameter that is no layer's or norm's, as torch-pruning meets it."""
+        parameter = item.dep.target.module
+        name, dim = self.dependencies._param_to_name[parameter], item.dep.target.pruning_dim
+        neurons = out_features(producer)
+        span = _as_span(item.idxs, item.root_idxs, neurons)
+        if span is None or span[0] + neurons * span[1] > parameter.shape[dim]:
+            group.problem = f"its neurons do not map one to one to the parameter {name}"
+        else:
+            group.parameters[name] = Span(name, dim % parameter.ndim, *span)
+
     def _downstream(self, producer: nn.Module) -> list[nn.Module]:
         """Layers that read the producer's output without another layer in between."""
         return [n.module for n in _walk(self.nodes[producer], "outputs") if n.module in self.calls]
@@ -240,14 +256,13 @@ class _Tracer:
                     weight = f"{self.names[module]}.weight"
                     columns[i].append(Span(weight, weight_dims(module)[1], start, repeat))
         rows = [self._rows(producers) for producers in sites]
+        counts: list[list[Count]] = [[] for _ in sites]
         norms = {norm for group in groups.values() for norm in group.norms}
         for norm in sorted(norms, key=lambda m: self.names[m]):
             for i, (start, repeat) in self._governors(norm, site_of, groups, "norms"):
-                rows[i] += [
-                    Span(f"{self.names[norm]}.{tensor}", 0, start, repeat)
-                    for tensor in ("weight", "bias", "running_mean", "running_var")
-                    if getattr(norm, tensor) is not None
-                ]
+                rows[i] += norm_rows(norm, self.names[norm], start, repeat)
+                counts[i].append(Count(self.names[norm], "num_features", repeat))
+        self._add_parameters(rows, sites, groups)
         group_of, coupled = self._couple(sites, site_of, groups)
         return replace(
             self.bare,
@@ -260,6 +275,7 @@ class _Tracer:
                     readers=tuple(readers[i]),
                     rows=tuple(rows[i]),
                     columns=tuple(columns[i]),
+                    counts=tuple(counts[i]),
                 )
                 for i, producers in enumerate(sites)
             ),
@@ -292,6 +308,22 @@ class _Tracer:
         for producer in producers:
             spans += rows_of(producer, self.names[producer])
         return spans
+
+    def _add_parameters(
+        self,
+        rows: list[list[Span]],
+        sites: list[list[nn.Module]],
+        groups: dict[nn.Module, _Group],
+    ) -> None:
+        """Gives each parameter of no layer or norm to the first of the sites that meet it."""
+        owned: set[tuple[str, int, int]] = set()
+        for own, producers in zip(rows, sites, strict=True):
+            for producer in producers:
+                for span in groups[producer].parameters.values():
+                    place = (span.tensor, span.dim, span.start)
+                    if place not in owned:
+                        owned.add(place)
+                        own.append(span)
 
     def _couple(
         self,

@@ -15,23 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from neusemslice.graph.attention import IDLE, Attention, Heads, find_attentions, find_heads
-from neusemslice.graph.layers import Call, argument, is_layer, is_transposed_linear, run_layers
+from neusemslice.graph.attention import IDLE, Attention, Heads
+from neusemslice.graph.layers import Call, argument, is_layer, is_transposed_linear
 from neusemslice.graph.model import Inputs, tensors_in
-from neusemslice.graph.probe import Probe
 
 if TYPE_CHECKING:
     import torch_pruning
-
-
-def dependency_graph(model: nn.Module, inputs: Inputs) -> torch_pruning.DependencyGraph:
-    """torch-pruning's graph of a model whose parameters require gradients.
-
-    It follows every tensor of the output, not only the logits.
-    """
-    calls = run_layers(model, inputs).calls
-    heads = find_heads(find_attentions(calls), calls, Probe(model, inputs, calls))
-    return dependencies(model, inputs, calls, heads).graph
 
 
 @dataclass(frozen=True)
@@ -57,6 +46,7 @@ def dependencies(
 ) -> Dependencies:
     """Builds torch-pruning's graph, without the attentions that have heads.
 
+    It follows every tensor of the output, not only the logits.
     What does not divide into heads may be a pooling whose neurons stay where they are. It is cut
     out only if torch-pruning fails on it.
 

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils.parametrize import ParametrizationList
 
-from neusemslice.graph.model import Inputs, logits_of
-from neusemslice.graph.sites import Span
+from neusemslice.graph.experts import Routing, watch
+from neusemslice.graph.model import Inputs, logits_of, tensors_in
+from neusemslice.graph.sites import Layer, Span
 
 
 @dataclass
@@ -56,11 +58,15 @@ class Run:
         calls: of the layers, except those whose output is not one tensor.
         norms: of the norms that mix neurons.
         answer: the shape of the logits.
+        roots: the autograd nodes of all tensors of the output.
+        experts: of the modules of fused experts.
     """
 
     calls: dict[nn.Module, Call]
     norms: dict[nn.Module, Call]
     answer: torch.Size
+    roots: list[Any]
+    experts: dict[nn.Module, Routing]
 
 
 def run_layers(model: nn.Module, inputs: Inputs) -> Run:
@@ -99,8 +105,11 @@ def run_layers(model: nn.Module, inputs: Inputs) -> Run:
         m.register_forward_hook(note, with_kwargs=True) for m in model.modules() if is_layer(m)
     ]
     handles += [m.register_forward_hook(note_norm) for m in model.modules() if mixes_neurons(m)]
+    experts = watch(model, calls)
+    handles += experts.handles
     try:
-        output = logits_of(inputs.run(model))
+        output = inputs.run(model)
+        answer = logits_of(output).shape
     finally:
         for handle in handles:
             handle.remove()
@@ -112,7 +121,8 @@ def run_layers(model: nn.Module, inputs: Inputs) -> Run:
             call.problem = "has a parametrized weight"
         elif any(owners[id(p)] > 1 for p in module.parameters(recurse=False)):
             call.problem = "shares a parameter with another module"
-    return Run(calls, norms, output.shape)
+    roots = [tensor.grad_fn for tensor in tensors_in(output)]
+    return Run(calls, norms, answer, roots, experts.found)
 
 
 def argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -168,8 +178,12 @@ def in_features(layer: nn.Module) -> int:
 
 
 def weight_dims(layer: nn.Module) -> tuple[int, int]:
-    """Dimensions of the weight that hold its outputs and its inputs."""
-    turned = isinstance(layer, _ConvTransposeNd) or is_transposed_linear(layer)
+    """Dimensions of the weight that hold its outputs and its inputs.
+
+    A depthwise convolution's neurons are both at once, and lie in the first.
+    """
+    turned = isinstance(layer, _ConvTransposeNd) and not is_depthwise(layer)
+    turned = turned or is_transposed_linear(layer)
     return (1, 0) if turned else (0, 1)
 
 
@@ -179,6 +193,15 @@ def rows_of(layer: nn.Module, name: str, start: int = 0, repeat: int = 1) -> lis
     if layer.bias is not None:
         spans.append(Span(f"{name}.bias", 0, start, repeat))
     return spans
+
+
+def norm_rows(norm: nn.Module, name: str, start: int = 0, repeat: int = 1) -> list[Span]:
+    """What neurons own of a batch or instance norm that they pass."""
+    return [
+        Span(f"{name}.{tensor}", 0, start, repeat)
+        for tensor in ("weight", "bias", "running_mean", "running_var")
+        if getattr(norm, tensor) is not None
+    ]
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -193,3 +216,37 @@ def is_depthwise(module: nn.Module) -> bool:
 def is_grouped(module: nn.Module) -> bool:
     """Whether its neurons read groups of predecessors."""
     return isinstance(module, _ConvNd) and module.groups > 1 and not is_depthwise(module)
+
+
+def weights_without_layer(model: nn.Module) -> dict[str, str]:
+    """Modules whose neurons nobody can observe, because no layer computes with their weights."""
+    skipped = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.MultiheadAttention):
+            skipped[name] = "its heads are computed without a call of its output projection"
+        elif not is_layer(module) and not isinstance(module, ParametrizationList):
+            stacked = [
+                f"{weight} {list(p.shape)}"
+                for weight, p in module.named_parameters(recurse=False)
+                if p.ndim == 3 and min(p.shape) > 1
+            ]
+            if stacked:
+                skipped[name] = f"its weights {', '.join(stacked)} are not those of a layer"
+    return skipped
+
+
+def as_layers(calls: dict[nn.Module, Call], names: dict[nn.Module, str]) -> list[Layer]:
+    layers = []
+    for module, call in sorted(calls.items(), key=lambda item: item[1].order):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        layers.append(
+            Layer(
+                name=names[module],
+                inputs=in_features(module),
+                outputs=out_features(module),
+                macs=weight.numel() * call.positions,
+                depthwise=is_depthwise(module),
+            )
+        )
+    return layers

@@ -29,11 +29,11 @@ class Inputs:
 
     def to(self, device: torch.device) -> Inputs:
         """The same with every tensor on ``device``."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def detach(self) -> Inputs:
         """The same apart from any graph of autograd."""
-        return self._map(torch.Tensor.detach)
+        return self.map(torch.Tensor.detach)
 
     @property
     def samples(self) -> int:
@@ -51,17 +51,18 @@ class Inputs:
         def cut(tensor: Tensor) -> Tensor:
             return tensor[samples] if tensor.ndim and tensor.shape[0] == size else tensor
 
-        return self._map(cut)
+        return self.map(cut)
 
     def copy(self) -> Inputs:
         """The same in tensors of its own, which a model that writes into its input leaves alone."""
-        return self._map(torch.clone)
+        return self.map(torch.clone)
 
     def normal(self) -> Inputs:
         """The same without tensors of inference mode, which autograd refuses; call it outside."""
-        return self._map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+        return self.map(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same with each tensor changed."""
         return Inputs(
             tuple(_mapped(a, change) for a in self.args),
             {name: _mapped(value, change) for name, value in self.kwargs.items()},

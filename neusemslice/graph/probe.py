@@ -81,6 +81,33 @@ class Probe:
         seen = self._run_moved(moved, 1.0, readers)
         return {reader: self._changed(reader, seen) for reader in readers}
 
+    def fits(
+        self, kept: Mapping[nn.Module, Tensor], readers: Mapping[nn.Module, Tensor]
+    ) -> set[nn.Module]:
+        """Readers that read what they did in the plain run if layers give fewer features.
+
+        Args:
+            kept: the features that each layer gives, bool.
+            readers: those that each reader is to read then, bool.
+
+        Raises:
+            Exception: whatever a model raises that cannot run so.
+        """
+
+        def answer(layer: nn.Module, *_: Any, **__: Any) -> Tensor:
+            plain = self.pinned[layer].clone()
+            return _chosen(plain, layer, kept[layer]) if layer in kept else plain
+
+        with ExitStack() as stack:
+            for layer in self.pinned:
+                stack.enter_context(_stand_in(layer, functools.partial(answer, layer)))
+            seen = self._run(readers=readers)
+        return {
+            reader
+            for reader, features in readers.items()
+            if _alike(seen.get(reader), _chosen(self.plain[reader], reader, features))
+        }
+
     def pieces(self) -> set[nn.Module]:
         """Layers that read each sample as several rows of their input, next to each other.
 
@@ -203,6 +230,19 @@ class Probe:
         if before.isnan().any():
             changed &= ~(before.isnan() & after.isnan())
         return changed.movedim(dim, -1).flatten(0, -2).any(0).cpu()
+
+
+def _chosen(x: Tensor, layer: nn.Module, features: Tensor) -> Tensor:
+    return x.index_select(dim_of(layer), features.nonzero().squeeze(1).to(x.device))
+
+
+def _alike(got: Tensor | None, expected: Tensor) -> bool:
+    """Whether two tensors differ by no more than sums of other lengths may."""
+    if got is None or got.shape != expected.shape:
+        return False
+    scale = float(expected.detach().nan_to_num(0, 0, 0).abs().max()) if expected.numel() else 0.0
+    least = scale * torch.finfo(expected.dtype).eps ** 0.5
+    return torch.allclose(got, expected, rtol=0, atol=least, equal_nan=True)
 
 
 @contextmanager

@@ -45,20 +45,15 @@ class _Counted(list[Any]):
 
 
 class TransposedLinearPruner(BasePruningFunc):  # type: ignore[misc]
-    """How torch-pruning cuts a linear layer whose weight is [in, out]."""
+    """What torch-pruning must know of a linear layer whose weight is [in, out].
+
+    The two functions stand for the layer's sides in the graph; nothing is cut with them.
+    """
 
     def prune_out_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
-        kept = sorted(set(range(self.get_out_channels(layer))) - set(idxs))
-        layer.nf = len(kept)
-        layer.weight = self._prune_parameter_and_grad(layer.weight, kept, 1)
-        if layer.bias is not None:
-            layer.bias = self._prune_parameter_and_grad(layer.bias, kept, 0)
         return layer
 
     def prune_in_channels(self, layer: Any, idxs: Sequence[int]) -> Any:
-        kept = sorted(set(range(self.get_in_channels(layer))) - set(idxs))
-        layer.nx = len(kept)
-        layer.weight = self._prune_parameter_and_grad(layer.weight, kept, 0)
         return layer
 
     def get_out_channels(self, layer: Any) -> int:

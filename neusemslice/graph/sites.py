@@ -37,7 +37,8 @@ class Reader:
 
     Neuron ``c`` has the features ``start + c * repeat …`` of dimension ``dim`` of the input (1 for
     convolutions, -1 for linear layers). With ``pieces`` a sample is several rows of the input,
-    next to each other: the windows of an image, or tokens laid end to end.
+    next to each other: the windows of an image, or tokens laid end to end. A ``routed`` module
+    holds fused experts; its input is taken to be their weights for each token (experts.py).
     """
 
     module: str
@@ -45,6 +46,7 @@ class Reader:
     start: int = 0
     repeat: int = 1
     pieces: bool = False
+    routed: bool = False
 
     def take(self, x: Tensor, neurons: int) -> Tensor:
         """The site's part of the module's input ``x``, with the neurons in ``neuron_dim``.
@@ -65,6 +67,19 @@ class Reader:
 
 
 @dataclass(frozen=True)
+class Count:
+    """A number in a module that says how many of a site's neurons, or of their parts, there are.
+
+    With each neuron that goes, the attribute ``name`` of ``module`` falls by ``per_neuron``. A name
+    with a dot is that of a number in an object which modules may share, like a configuration.
+    """
+
+    module: str
+    name: str
+    per_neuron: int
+
+
+@dataclass(frozen=True)
 class Site:
     """A group of neurons that is observed at one place.
 
@@ -78,6 +93,7 @@ class Site:
         norms: the norms in ``Graph.norms`` that read them on their way there.
         rows: what the neurons own: producers' rows, biases, norm affine and running statistics.
         columns: the weights with which the readers read them.
+        counts: how many there are of them, where no shape of a layer's weight tells.
     """
 
     name: str
@@ -88,6 +104,7 @@ class Site:
     rows: tuple[Span, ...]
     columns: tuple[Span, ...]
     norms: tuple[Reader, ...] = ()
+    counts: tuple[Count, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,11 +129,13 @@ class Norm:
 class Group:
     """Sites whose neurons are kept or removed together, neuron by neuron.
 
-    ``kept_whole`` says why none of its neurons may be removed; it is empty where they may.
+    ``kept_whole`` says why none of its neurons may be removed; it is empty where they may. At least
+    ``least`` of them must stay: the number of experts that a token has.
     """
 
     sites: tuple[str, ...]
     kept_whole: str = ""
+    least: int = 1
 
 
 @dataclass(frozen=True)
@@ -149,6 +168,8 @@ class Graph:
         outputs: modules whose neurons are the model's answer.
         norms: those that mix the neurons of sites, in the order of their calls.
         skipped: modules that are not observed, and why.
+        expert_macs: multiply-adds of one sample in fused experts. Each token has as many experts,
+            however many there are to choose from.
     """
 
     fingerprint: str
@@ -159,6 +180,7 @@ class Graph:
     outputs: tuple[str, ...]
     skipped: Mapping[str, str]
     norms: tuple[Norm, ...] = ()
+    expert_macs: int = 0
 
     def site(self, name: str) -> Site:
         """The site of that name.
@@ -181,7 +203,7 @@ class Graph:
             if left:
                 number[index] = len(groups)
                 partly = "some of its sites are not observed" if left != group.sites else ""
-                groups.append(Group(left, group.kept_whole or partly))
+                groups.append(Group(left, group.kept_whole or partly, group.least))
         sites = tuple(
             replace(site, group=number[site.group]) for site in self.sites if site.name in names
         )
@@ -212,12 +234,16 @@ class Graph:
                     rows=tuple(Span(**span) for span in site["rows"]),
                     columns=tuple(Span(**span) for span in site["columns"]),
                     norms=tuple(Reader(**norm) for norm in site["norms"]),
+                    counts=tuple(Count(**count) for count in site["counts"]),
                 )
                 for site in raw["sites"]
             ),
-            groups=tuple(Group(tuple(g["sites"]), g["kept_whole"]) for g in raw["groups"]),
+            groups=tuple(
+                Group(tuple(g["sites"]), g["kept_whole"], g["least"]) for g in raw["groups"]
+            ),
             layers=tuple(Layer(**layer) for layer in raw["layers"]),
             outputs=tuple(raw["outputs"]),
             skipped=dict(raw["skipped"]),
             norms=tuple(Norm(**norm) for norm in raw["norms"]),
+            expert_macs=int(raw["expert_macs"]),
         )

@@ -2,8 +2,8 @@
 
 Four parts find it: what a forward pass shows of layers (layers.py), torch-pruning's graph for
 layers whose neurons reach their readers one to one (coupling.py), attentions (attention.py), and
-norms that mix neurons on their way (norms.py).
-All claims of where neurons arrive are tried on the model (probe.py).
+norms that mix neurons on their way (norms.py). All claims of where neurons arrive (probe.py) and of
+what can be removed (removal.py) are tried on the model.
 """
 
 from __future__ import annotations
@@ -11,29 +11,31 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.parametrize import ParametrizationList
+from torch import nn
 
 from neusemslice.graph.attention import find_attentions, find_heads, with_heads
+from neusemslice.graph.blocks import structure
 from neusemslice.graph.coupling import with_traced
 from neusemslice.graph.dependencies import dependencies
-from neusemslice.graph.layers import (
-    Call,
-    in_features,
-    is_depthwise,
-    is_layer,
-    out_features,
-    run_layers,
-)
+from neusemslice.graph.experts import expert_macs, with_experts
+from neusemslice.graph.layers import Call, as_layers, run_layers, weights_without_layer
 from neusemslice.graph.model import Inputs, device_of, evaluation, fingerprint, uncompiled
 from neusemslice.graph.norms import with_norms
 from neusemslice.graph.probe import Probe
+from neusemslice.graph.removal import find_parts, tried_out
 from neusemslice.graph.sharding import same_inputs
-from neusemslice.graph.sites import Graph, Layer
+from neusemslice.graph.sites import Graph
+
+LARGE = 10**9
+"""Parameters from which on a model is read by structure."""
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Graph:
     """Finds the sites of a model by running it on ``inputs``; the model is left as it was.
+
+    A model on the meta device has no values to run on, and one with more than ``LARGE`` parameters
+    would take minutes: these are read by structure (blocks.py), which finds MLPs and the heads of
+    known attentions, and nothing in residual streams.
 
     Ranks that share a sharded model trace it together, on the inputs of the first of them.
 
@@ -42,6 +44,8 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
         TypeError: if it returns no logits.
         ImportError: if torch-pruning is not installed.
     """
+    if _by_structure(model):
+        return _with_sites(structure(model, inputs), model)
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
@@ -60,9 +64,9 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
             num_outputs=run.answer[-1],
             sites=(),
             groups=(),
-            layers=tuple(_layers(calls, names)),
+            layers=tuple(as_layers(calls, names)),
             outputs=(),
-            skipped=_weights_without_layer(model),
+            skipped=weights_without_layer(model),
         )
         try:
             found = dependencies(model, inputs, calls, heads)
@@ -75,8 +79,19 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
             graph = replace(graph, skipped={**graph.skipped, **skipped})
         else:
             graph = with_traced(graph, names, calls, found, probe)
-        graph = with_heads(graph, heads, names, calls)
-        graph = with_norms(graph, model, names, run, probe)
+        graph = with_heads(graph, heads, find_parts(heads, probe), names, calls)
+        graph = tried_out(with_norms(graph, model, names, run, probe), probe)
+        graph = with_experts(graph, names, run.experts, inputs.samples)
+    return _with_sites(graph, model)
+
+
+def _by_structure(model: nn.Module) -> bool:
+    parameters = list(model.parameters())
+    return any(p.is_meta for p in parameters) or sum(p.numel() for p in parameters) > LARGE
+
+
+def _with_sites(graph: Graph, model: nn.Module) -> Graph:
+    """The graph, which must have sites."""
     if not graph.sites:
         reasons = "".join(f"; {name} is left out: {why}" for name, why in graph.skipped.items())
         raise ValueError(
@@ -86,6 +101,23 @@ def trace(model: nn.Module, inputs: Inputs) -> Graph:
     return graph
 
 
+def multiply_adds(model: nn.Module, inputs: Inputs) -> int:
+    """Multiply-adds of convolutions, linear layers and fused experts for one sample.
+
+    Raises:
+        TypeError: if the model returns no logits.
+    """
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        uncompiled(),
+        evaluation(model, requires_grad=True),
+    ):
+        run = run_layers(model, inputs.to(device_of(model)).normal())
+    layers = as_layers(run.calls, dict.fromkeys(run.calls, ""))
+    return sum(layer.macs for layer in layers) + expert_macs(run.experts, inputs.samples)
+
+
 def _note_rows(calls: dict[nn.Module, Call], probe: Probe, samples: set[int]) -> None:
     """Notes which layers read samples in pieces, and which read something else than samples."""
     pieces = probe.pieces()
@@ -93,37 +125,3 @@ def _note_rows(calls: dict[nn.Module, Call], probe: Probe, samples: set[int]) ->
         call.pieces = layer in pieces
         if call.rows not in samples and not call.pieces:
             call.unseen = f"reads {call.rows} rows that are not samples or parts of them"
-
-
-def _weights_without_layer(model: nn.Module) -> dict[str, str]:
-    """Modules whose neurons nobody can observe, because no layer computes with their weights."""
-    skipped = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.MultiheadAttention):
-            skipped[name] = "its heads are computed without a call of its output projection"
-        elif not is_layer(module) and not isinstance(module, ParametrizationList):
-            stacked = [
-                f"{weight} {list(p.shape)}"
-                for weight, p in module.named_parameters(recurse=False)
-                if p.ndim == 3 and min(p.shape) > 1
-            ]
-            if stacked:
-                skipped[name] = f"its weights {', '.join(stacked)} are not those of a layer"
-    return skipped
-
-
-def _layers(calls: dict[nn.Module, Call], names: dict[nn.Module, str]) -> list[Layer]:
-    layers = []
-    for module, call in sorted(calls.items(), key=lambda item: item[1].order):
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        layers.append(
-            Layer(
-                name=names[module],
-                inputs=in_features(module),
-                outputs=out_features(module),
-                macs=weight.numel() * call.positions,
-                depthwise=is_depthwise(module),
-            )
-        )
-    return layers

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from neusemslice.graph import Graph, Inputs, device_of, evaluation, trace
+from neusemslice.graph import Graph, Inputs, device_of, evaluation, multiply_adds
 from neusemslice.slicing import Slice
 
 
@@ -21,7 +21,7 @@ class Cost:
 
     Attributes:
         parameters: number of them.
-        macs: multiply-adds of convolutions and linear layers for one sample.
+        macs: multiply-adds of convolutions, linear layers and fused experts for one sample.
         latency: seconds of one forward pass over the batch it was measured with.
     """
 
@@ -39,7 +39,7 @@ def measure(model: nn.Module, inputs: Inputs) -> Cost:
     """Counts parameters and multiply-adds and measures latency on ``inputs``."""
     return Cost(
         parameter_count(model),
-        sum(layer.macs for layer in trace(model, inputs.head(2)).layers),
+        multiply_adds(model, inputs.head(2)),
         latency(model, inputs),
     )
 
@@ -78,10 +78,10 @@ def sliced_cost(model: nn.Module, graph: Graph, kept: Slice) -> tuple[int, int]:
             removed[span.tensor, span.dim] += gone * span.repeat
     sizes = {
         name: math.prod(size - removed[name, dim] for dim, size in enumerate(parameter.shape))
-        for name, parameter in model.named_parameters()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-    macs = 0
+    macs = graph.expert_macs
     for layer in graph.layers:
         weight = f"{layer.name}.weight"
         macs += layer.macs * sizes[weight] // max(1, model.get_parameter(weight).numel())
-    return sum(sizes.values()), macs
+    return sum(sizes[name] for name, _ in model.named_parameters()), macs

@@ -1,12 +1,11 @@
 """Cutting: neurons physically removed from a copy, and the proof that it answers as masked.
 
-torch-pruning cuts a copy of the model; then the copy must answer as the original does with the
-removed neurons masked, within ``TOLERANCE`` of the output's scale.
+The graph says what to remove; what it says is not believed. The copy must answer as the original
+does with the removed neurons masked, within ``TOLERANCE`` of the output's scale.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable
@@ -20,9 +19,9 @@ from neusemslice.graph import (
     Inputs,
     Reader,
     Site,
-    dependency_graph,
-    device_of,
+    cut,
     evaluation,
+    shares,
     tensors_in,
 )
 from neusemslice.slicing import Slice
@@ -31,33 +30,12 @@ TOLERANCE = 1e-5
 """Largest difference between pruned and masked, relative to the output's scale (float32)."""
 
 
-def prune(model: nn.Module, kept: Slice, inputs: Inputs) -> nn.Module:
+def prune(model: nn.Module, kept: Slice) -> nn.Module:
     """A copy of the model without the neurons outside ``kept``, which must be closed.
 
-    Raises:
-        RuntimeError: naming the group that could not be cut.
+    Parameters that lose neurons have no gradient in it.
     """
-    pruned = copy.deepcopy(model)
-    flags = {n: p.requires_grad for n, p in pruned.named_parameters(remove_duplicate=False)}
-    inputs = inputs.head(2).to(device_of(model))
-    with evaluation(pruned, requires_grad=True), torch.enable_grad():
-        dependencies = dependency_graph(pruned, inputs)
-    for group in kept.graph.groups:
-        site = kept.graph.site(group.sites[0])
-        gone = (~kept.mask(site.name)).nonzero().squeeze(1).tolist()
-        if not gone:
-            continue
-        producer = pruned.get_submodule(site.producers[0])
-        cut = dependencies.get_pruner_of_module(producer).prune_out_channels
-        try:
-            dependencies.get_pruning_group(producer, cut, gone).prune()
-        except Exception as error:
-            raise RuntimeError(
-                f"restructure: site {site.name} could not be cut: {error}"
-            ) from error
-    for name, parameter in pruned.named_parameters():
-        parameter.requires_grad_(flags[name])
-    return pruned
+    return cut(model, kept.graph, kept.masks())
 
 
 def check_pruned(model: nn.Module, pruned: nn.Module, kept: Slice, inputs: Inputs) -> float:
@@ -106,17 +84,26 @@ def _run_with_sites(
     ``kept`` gives the widths of a cut model.
     """
     seen: dict[str, Tensor] = {}
+    readers = {site.readers[0].module: site for site in graph.sites}
+    width = {
+        site.name: site.neurons if kept is None else int(kept.mask(site.name).sum())
+        for site in graph.sites
+    }
 
     def hook_for(module: str) -> Callable[..., None]:
+        site = readers[module]
+
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen[module] = (args[0] if args else kwargs["input"]).detach()
+            if site.readers[0].routed:
+                seen[module] = shares(args, kwargs, width[site.name])[0].detach()
+            else:
+                seen[module] = (args[0] if args else kwargs["input"]).detach()
 
         return hook
 
-    modules = {site.readers[0].module for site in graph.sites}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(hook_for(name), with_kwargs=True)
-        for name in modules
+        for name in readers
     ]
     try:
         with evaluation(model), torch.no_grad():
@@ -126,8 +113,7 @@ def _run_with_sites(
             handle.remove()
     return output, {
         site.name: _reader_in(graph, site, kept).take(
-            seen[site.readers[0].module],
-            site.neurons if kept is None else int(kept.mask(site.name).sum()),
+            seen[site.readers[0].module], width[site.name]
         )
         for site in graph.sites
     }

@@ -124,11 +124,11 @@ def restructure(
         def latency_left(kept: Slice) -> float:
             # The whole model right before, because a machine's speed changes with time.
             whole = measure_latency(model, inputs)
-            return measure_latency(prune(model, _removable(kept), inputs), inputs) / whole
+            return measure_latency(prune(model, _removable(kept)), inputs) / whole
 
         wanted = meet(model, slicing, *chosen.popitem(), round_to, latency_left)
     kept = _removable(wanted)
-    pruned = prune(model, kept, inputs)
+    pruned = prune(model, kept)
     difference = check_pruned(model, pruned, kept, inputs)
     refits = fit_layers(model, pruned, kept, calibration) if compensate else {}
     return Restructured(
@@ -154,4 +154,9 @@ def _removable(wanted: Slice) -> Slice:
                 masks[name] = torch.ones_like(masks[name])
             elif not masks[name].any():
                 raise ValueError(f"restructure: no neuron of site {name} would be left")
+            elif int(masks[name].sum()) < group.least:
+                raise ValueError(
+                    f"restructure: site {name} must keep at least {group.least} neurons, as many "
+                    f"experts as each token has; {int(masks[name].sum())} would be left"
+                )
     return Slice(wanted.graph, masks)

@@ -41,7 +41,9 @@ def meet(
     def keeping(share: float) -> Slice:
         masks = {}
         for group, rank in zip(graph.groups, ranks, strict=True):
-            least = len(rank) if group.kept_whole else max(1, math.ceil(share * len(rank)))
+            least = (
+                len(rank) if group.kept_whole else max(group.least, math.ceil(share * len(rank)))
+            )
             count = -(-least // round_to) * round_to
             mask = torch.zeros(len(rank), dtype=torch.bool)
             mask[rank[:count]] = True

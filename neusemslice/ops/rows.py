@@ -15,7 +15,8 @@ def rows_linear_backward(grad: Tensor, x: Tensor, rows: Tensor) -> Tensor:
     """Gradient of some rows of a linear layer's weight.
 
     Sums are in float32 (float64 for float64), on the CPU with the same bits each time and at any
-    number of threads. It is differentiable in ``grad`` and ``x``, any number of times.
+    number of threads; on CUDA, torch's TF32 settings apply. It is differentiable in ``grad`` and
+    ``x``, any number of times.
 
     Args:
         grad: the gradient of the layer's output, floating point ``[..., O]``.

@@ -35,9 +35,9 @@ class OperatorCall:
     lr: Tensor
     grad_scale: Tensor | None
     found_inf: Tensor | None
+    states: dict[str, list[Tensor]]
     params: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
-    states: dict[str, list[Tensor]] = field(default_factory=dict)
     rows: list[Tensor] = field(default_factory=list)
     neuron_dims: list[int] = field(default_factory=list)
 
@@ -332,6 +332,7 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def _calls(self, group: dict[str, Any]) -> Iterator[OperatorCall]:
         """The operator calls of one step."""
         kinds = self._state_names(group)
+        stepped = ("step", *kinds) if kinds else ()
         spread = spread_type()
         calls: dict[tuple[torch.device, bool], OperatorCall] = {}
         for parameter, rows, dim in _members(group):
@@ -342,31 +343,36 @@ class MaskedOptimizer(torch.optim.Optimizer):
             if spread is not None and isinstance(param, spread):
                 rows = self._rows_here(parameter, rows, dim)
                 param, grad = own_share(param), own_share(grad)
-            device = param.device
             master = group["master_weights"] and param.dtype in (torch.float16, torch.bfloat16)
-            call = calls.get((device, master))
+            names = (*stepped, "master") if master else stepped
+            key = param.device, master
+            call = calls.get(key)
             if call is None:
-                call = calls[device, master] = self._empty_call(group, device)
+                call = calls[key] = self._empty_call(group, param.device, names)
             call.params.append(with_dimension(param))
             call.grads.append(with_dimension(grad))
             call.rows.append(rows)
             call.neuron_dims.append(dim)
-            names = (*kinds, "master") if master else kinds
             state = self.state[parameter]
-            for name in ("step", *names) if kinds else names:
+            for name in names:
                 if name not in state:
                     state[name] = _fresh_state(name, parameter, rows, dim)
-                call.states.setdefault(name, []).append(state[name])
+                call.states[name].append(state[name])
         yield from calls.values()
 
-    def _empty_call(self, group: dict[str, Any], device: torch.device) -> OperatorCall:
+    def _empty_call(
+        self, group: dict[str, Any], device: torch.device, names: tuple[str, ...]
+    ) -> OperatorCall:
         scale, found = (
             None if t is None else t.to(device, non_blocking=True)
             for t in (getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         )
-        return OperatorCall(_learning_rate(group["lr"], device), scale, found)
+        return OperatorCall(
+            _learning_rate(group["lr"], device), scale, found, {name: [] for name in names}
+        )
 
     def _check_gradients(self) -> None:
+        kind = spread_type()
         for number, group in enumerate(self.param_groups):
             for index, parameter in enumerate(group["params"]):
                 grad = parameter.grad
@@ -377,6 +383,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
                         f"{self._at(number, index)} has a sparse gradient, which is not "
                         f"supported; use sparse=False in the layer that it belongs to"
                     )
+                if kind is None or not (isinstance(grad, kind) or isinstance(parameter, kind)):
+                    continue
                 spread, wanted = placements(grad), placements(parameter)
                 if spread != wanted:
                     raise ValueError(

@@ -26,6 +26,7 @@ from neusemslice.graph import (
     device_of,
     is_sharded,
     reset_compiler,
+    shares,
     trace,
     unwrapped,
 )
@@ -307,13 +308,19 @@ class Profiler:
             None if mask is None else mask.to(device, non_blocking=True),
         )
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
+        first = self._observed[name][0]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             batch = self._batch
             if batch is None:
-                return
+                return None
             batch.observed = True
-            x = args[0] if args else kwargs["input"]
+            changed = None
+            if first.readers[0].routed:
+                x, *changed = shares(args, kwargs, first.neurons)
+            else:
+                x = args[0] if args else kwargs["input"]
             # A checkpointed part runs again during the backward pass.
             if not in_backward():
                 for site in self._observed[name]:
@@ -328,6 +335,7 @@ class Profiler:
                     )
             if self._gradients:
                 self._await_gradient(name, x, batch)
+            return None if changed is None else tuple(changed)
 
         return hook
 

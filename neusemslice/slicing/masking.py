@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from neusemslice.graph import Graph, Reader, device_of, reset_compiler
+from neusemslice.graph import Graph, Reader, choosing_among, device_of, reset_compiler
 
 _IN_FORCE: WeakKeyDictionary[nn.Module, list[dict[str, Tensor]]] = WeakKeyDictionary()
 """Per model the masks of the blocks that it is in, outermost first, each within those before."""
@@ -40,6 +40,12 @@ def masked(model: nn.Module, graph: Graph, masks: Mapping[str, Tensor]) -> Itera
             if name in norms:
                 after = module.register_forward_hook(_select_output(dim, keep))
                 stack.callback(after.remove)
+        for site in graph.sites:
+            if site.readers[0].routed and not inside[site.name].all():
+                router = model.get_submodule(site.producers[0])
+                mask = inside[site.name].to(device_of(router))
+                choice = choosing_among(site, mask)
+                stack.callback(router.register_forward_hook(choice, with_kwargs=True).remove)
         yield
 
 
@@ -87,6 +93,8 @@ def _kept_features(
     for site in graph.sites:
         mask = masks[site.name]
         for place in (*site.readers, *site.norms):
+            if place.routed:
+                continue  # left out by the router
             blank = torch.ones(sizes[place.module], dtype=torch.bool)
             _, features = kept.setdefault(place.module, (place.dim, blank))
             _part(features, place, mask).logical_and_(mask.repeat_interleave(place.repeat))

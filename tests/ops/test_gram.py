@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import layouts, num_threads, same_bits
+from helpers import cuda_implementation, layouts, num_threads, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -62,6 +62,16 @@ class TestValues:
         assert_matches(
             Gram(gram(x).count, gram(x).mean[others], products[others][:, others]), x[:, others]
         )
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_the_cuda_implementation_on_the_cpu(self, shape, dtype):
+        x = (torch.randn(shape) + 3).to(dtype)
+        state = Gram.empty(shape[1])
+        for part in x.split([shape[0] // 3, shape[0] - shape[0] // 3]):
+            tensors = (state.count, state.mean, state.products)
+            cuda_implementation("gram_", *tensors, part)
+        assert_matches(state, x)
 
     @given(sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5), features=st.integers(1, 9))
     def test_any_split_gives_the_same(self, sizes, features):

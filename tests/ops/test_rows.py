@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import layouts, num_threads, same_bits
+from helpers import cuda_implementation, layouts, num_threads, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -142,6 +142,41 @@ class TestValues:
             assert not ops.rows_conv_backward(grad, x, one, *where).any()
         assert ops.rows_bias_backward(zeros(4, 3, 0), one, 1).tolist() == [0]
         assert ops.rows_bias_backward(zeros(4, 3), none, 1).shape == (0,)
+
+
+class TestCudaImplementation:
+    """On the CPU's tensors, which the operators that it is made of take as well."""
+
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_linear_and_bias(self, layout):
+        grad, x = (layouts((4, 3, n), torch.float32, "cpu")[layout] for n in (9, 70))
+        rows = rows_of(9, 4)
+        expected = grad.double().flatten(0, 1).t() @ x.double().flatten(0, 1)
+        assert_close(
+            cuda_implementation("rows_linear_backward", grad, x, rows), expected[rows], x.dtype, 12
+        )
+        found = cuda_implementation("rows_bias_backward", grad, rows, -1)
+        assert_close(found, grad.double().sum((0, 1))[rows], x.dtype, 12)
+
+    # All channels for each row, a group for each row, and the whole gradient: see its header.
+    @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 12])
+    @pytest.mark.parametrize("groups", [1, 2, 4, 12])
+    def test_conv(self, groups, count):
+        grad, x, options = conv_case(
+            (5, 12, 12, 9, 7), (3, 2), (2, 1), (1, 1), (1, 2), groups, torch.float64
+        )
+        rows = rows_of(12, count)
+        found = cuda_implementation("rows_conv_backward", grad, x, rows, *options)
+        assert found.is_contiguous()
+        assert_close(found, conv_gradient(grad, x, *options)[rows], x.dtype, grad[:, 0].numel())
+
+    def test_what_is_empty(self):
+        one, where = rows_of(1, 1), ([2], [1], [0], [1], 1)
+        for samples, places in [(0, 5), (2, 1), (2, 0)]:
+            grad, x = torch.zeros(samples, 3, max(0, places - 1)), torch.zeros(samples, 2, places)
+            found = cuda_implementation("rows_conv_backward", grad, x, one, *where)
+            assert found.shape == (1, 2, 2)
+            assert not found.any()
 
 
 class TestDeterminism:
