@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neusemslice.graph import Inputs, device_of, weight_dims
+from neusemslice.graph import Inputs, weight_dims
 from neusemslice.maintain.compensate import Refit, compensate
 from neusemslice.maintain.cutting import prune
 from neusemslice.maintain.tasks import batch_norms
@@ -81,8 +81,7 @@ def compensated(
     some = _some(samples)
     if not _enough(model, kept, sum(inputs.samples for inputs in some)):
         return base, {}
-    first = some[0].to(device_of(model))
-    small = prune(model, kept, first)
+    small = prune(model, kept)
     loader = [_batch(inputs) for inputs in some]
     refits = compensate(model, small, kept, loader)
     _write_back(base, small, kept)

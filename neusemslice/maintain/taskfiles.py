@@ -152,7 +152,7 @@ def export_task(tasks: TaskSet, name: str, inputs: Inputs) -> nn.Module:
     # The head may have another number of outputs than the backbone's, which the graph speaks of.
     graph = replace(tasks.graph, fingerprint=fingerprint(alone))
     kept = Slice(graph, task.slice.masks())
-    small = prune(alone, kept, inputs)
+    small = prune(alone, kept)
     check_pruned(alone, small, kept, inputs)
     return small
 
