@@ -188,7 +188,8 @@ def test_a_single_sample_in_a_batch():
 class TestReplay:
     def test_it_tells_tasks_apart(self):
         model, slicing = made("lenet")
-        unlike = [(3 * x.flip(2), y) for x, y in NEW]
+        board = (torch.arange(8).unsqueeze(1) + torch.arange(8)) % 2 - 0.5
+        unlike = [(0.5 * x + board, y + 4) for x, y in OLD]
         options = {"capacity": 0.5, "epochs": 6, "old_epochs": 4, "lr": 1e-2}
         result = nss.extend(model, slicing, unlike, old=OLD, replay=1.0, **options)
         assert result.model.tasks["new"].rejects

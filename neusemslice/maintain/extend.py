@@ -12,19 +12,18 @@ free).
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neusemslice._progress import length
 from neusemslice.graph import Graph, Inputs, device_of, evaluation
 from neusemslice.maintain.consolidate import Consolidation, consolidate
 from neusemslice.maintain.freeing import needed, part_of, per_site, start_afresh, trained
 from neusemslice.maintain.grow import grown
-from neusemslice.maintain.holdout import Part
+from neusemslice.maintain.replay import Together, replayed
 from neusemslice.maintain.tasks import NOBODY, Task, TaskSet, batch_norms, energy_moments
 from neusemslice.maintain.training import Training, fit
 from neusemslice.optim import MaskedAdamW, row_gradients
@@ -169,7 +168,7 @@ def extend(
         start_afresh(extended.backbone, own)
     _add(extended, task)
     training, trained_parameters = _train(
-        extended, task, own, loader, _replayed(old, replay, base), epochs, lr, weight_decay
+        extended, task, own, loader, replayed(old, replay, base.classes), epochs, lr, weight_decay
     )
     extended.tasks[name] = replace(task, energy=energy_moments(extended, name, loader))
     unchanged = all(_same(extended, base, earlier, inputs) for earlier in base.tasks)
@@ -294,7 +293,7 @@ def _train(
     task: Task,
     own: Slice,
     loader: Iterable[Any],
-    replayed: Iterable[Any] | None,
+    along: Iterable[Any] | None,
     epochs: int,
     lr: float,
     weight_decay: float,
@@ -305,15 +304,18 @@ def _train(
     norms = [part for name, part in parts.items() if name != extended.head]
     view = _Outputs(extended, task.name)
     with row_gradients(view, [*trained(extended.backbone, own), {"params": rest}]) as rows:
+        mixed = loader
+        if along is not None and norms:
+            mixed, along = Together(loader, along), None
         training = fit(
             view,
-            loader,
+            mixed,
             MaskedAdamW(rows.groups(), lr=lr, weight_decay=weight_decay),
             epochs,
             what="extend",
             moving=norms,
             classes=(*task.classes, NOBODY) if task.rejects else task.classes,
-            along=replayed,
+            along=along,
         )
         if not all(bool(leaf.isfinite().all()) for leaf in rows.parameters()):
             raise ValueError("extend: training gave weights that are not finite; lower lr")
@@ -330,35 +332,6 @@ class _Outputs(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.tasks.outputs(self.name, *args, **kwargs)
-
-
-def _replayed(old: Iterable[Any] | None, share: float, known: TaskSet) -> Iterable[Any] | None:
-    """Some old samples as nobody's."""
-    if old is None or not share:
-        return None
-    some = old if share == 1 else Part(old, share, held=True, caller="extend")
-    return _Nobodys(some, set(known.classes))
-
-
-class _Nobodys:
-    """The batches of a loader of old samples, labelled ``NOBODY``."""
-
-    def __init__(self, loader: Iterable[Any], known: set[int]) -> None:
-        self._loader = loader
-        self._known = known
-
-    def __len__(self) -> int:
-        count = length(self._loader)
-        if count is None:
-            raise TypeError("the loader has no length")
-        return count
-
-    def __iter__(self) -> Iterator[tuple[Any, ...]]:
-        for inputs, labels in batches(self._loader, "extend"):
-            if strange := sorted(set(labels.unique().tolist()) - self._known - {-100}):
-                raise ValueError(f"extend: old samples must be of old classes, got {strange}")
-            nobodys = torch.where(labels == -100, labels, NOBODY)
-            yield (*inputs.args, nobodys) if inputs.args else (inputs.kwargs, nobodys)
 
 
 def _same(extended: TaskSet, base: TaskSet, name: str, inputs: Inputs) -> bool:

@@ -48,7 +48,7 @@ def save_tasks(tasks: TaskSet, folder: str | os.PathLike[str]) -> list[Path]:
         }
         paths.append(_files.write(_path(folder, name), "task", tensors, content))
         digests[name] = _digest(tensors)
-    content = {"graph": tasks.graph.to_json(), "head": tasks.head, "tasks": digests}
+    content = {"graph": tasks.graph.to_json(), "head": tasks.head, "tasks": list(digests.items())}
     state = tasks.backbone.state_dict()
     return [_files.write(folder / _BACKBONE, "backbone", state, content), *paths]
 
@@ -73,6 +73,7 @@ def load_tasks(folder: str | os.PathLike[str], model: nn.Module) -> TaskSet:
         tensors: dict[str, Tensor], content: dict[str, Any]
     ) -> tuple[dict[str, Tensor], Graph, str, dict[str, str]]:
         graph = Graph.from_json(content["graph"])
+        # Pairs, because a file's metadata keeps no order of names.
         return tensors, graph, str(content["head"]), dict(content["tasks"])
 
     state, graph, head, digests = _files.read(folder / _BACKBONE, "backbone", build)

@@ -7,11 +7,11 @@ later tasks train cannot change an earlier answer: their neurons are masked, and
 norms are others. The slice of a task holds the neurons of all tasks before it, which it reads.
 
 Which task a sample is of is told from the answers: by their free energy ``log Σ exp`` over the
-task's logits (Liu et al., Energy-based Out-of-distribution Detection, 2020), minus the logit of
-"none of mine" where the task was learned with replay, in standard deviations from its mean over the
-task's own samples. Heads that were trained apart have logits of different scales, so the raw energy
-would prefer one task to another. Where a task's own samples were not at hand, the answer of least
-entropy is taken instead, which is right less often.
+task's logits (Liu et al., Energy-based Out-of-distribution Detection, 2020), in standard deviations
+from its mean over the task's own samples. Heads that were trained apart have logits of different
+scales, so the raw energy would prefer one task to another. Where a task's own samples were not at
+hand, entropy takes the energy's place, which is right less often. A task that was learned with
+replay adds the log-odds of its classes against its output "none of mine".
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ from neusemslice.slicing import Slice
 
 NOBODY = -1
 """Stands for the class of an output that no class belongs to."""
+
+_WEIGHT = 4.0
+"""Of a standard deviation of energy, beside log-odds: few replayed samples make these too sure."""
 
 _ENERGY_SAMPLES = 2048
 """So many labelled samples, if there are as many, tell a task's energy."""
@@ -144,10 +147,9 @@ class TaskSet(nn.Module):
         total = 1 + max(self.classes)
         found = log_shares.new_full((*log_shares.shape[1:], total), -torch.inf)
         for log_share, (name, output) in zip(log_shares, outputs.items(), strict=True):
-            task = self.tasks[name]
-            known = [i for i, k in enumerate(task.classes) if k != NOBODY]
-            own = torch.tensor([task.classes[i] for i in known], device=output.device)
-            within = output[..., known].log_softmax(-1)
+            classes = [k for k in self.tasks[name].classes if k != NOBODY]
+            own = torch.tensor(classes, device=output.device)
+            within = self._known(name, output).log_softmax(-1)
             found = found.index_copy(-1, own, log_share.unsqueeze(-1) + within)
         return found
 
@@ -167,24 +169,28 @@ class TaskSet(nn.Module):
             return logits_of(model(*args, **kwargs))
 
     def energy(self, name: str, outputs: Tensor) -> Tensor:
-        """Free energy of a task's outputs, ``[N]``; see the module."""
-        task = self.tasks[name]
-        known = [i for i, k in enumerate(task.classes) if k != NOBODY]
-        found = outputs[..., known].float().logsumexp(-1)
-        return found - outputs[..., -1].float() if task.rejects else found
+        """Free energy of a task's outputs over its classes, ``[N]``."""
+        return self._known(name, outputs).logsumexp(-1)
+
+    def _known(self, name: str, outputs: Tensor) -> Tensor:
+        """The outputs that stand for a class."""
+        classes = self.tasks[name].classes
+        return outputs[..., [i for i, k in enumerate(classes) if k != NOBODY]].float()
 
     def _log_shares(self, outputs: Mapping[str, Tensor]) -> Tensor:
         """Log-probability of each task, ``[T, N]``."""
         scores = []
-        moments = [task.energy for task in self.tasks.values()]
+        known = all(task.energy is not None for task in self.tasks.values())
         for name, output in outputs.items():
-            if None in moments:
-                known = [i for i, k in enumerate(self.tasks[name].classes) if k != NOBODY]
-                log_p = output[..., known].float().log_softmax(-1)
-                scores.append((log_p.exp() * log_p).sum(-1))
+            task, energy = self.tasks[name], self.energy(name, output)
+            if known and task.energy is not None:
+                mean, deviation = task.energy
+                score = (energy - mean) / deviation
             else:
-                mean, deviation = self.tasks[name].energy or (0.0, 1.0)
-                scores.append((self.energy(name, output) - mean) / deviation)
+                log_p = self._known(name, output).log_softmax(-1)
+                score = (log_p.exp() * log_p).sum(-1)
+            odds = energy - output[..., -1].float() if task.rejects else 0.0
+            scores.append(_WEIGHT * score + odds)
         return torch.stack(scores).log_softmax(0)
 
     def parts(self, name: str) -> dict[str, nn.Module]:
