@@ -154,10 +154,11 @@ class Study:
     def chosen(self, name: str) -> Setting:
         """The setting that is best on validation images after few steps."""
         found = {}
-        method = METHODS[name]
+        method, problem = METHODS[name], self.problems[0]
         for setting in method.settings:
             run = partial(self.tried, method, setting)
-            key = f"search {self.problems[0].key}, {name}, {setting}, {self.steps} steps"
+            what = f"{problem.key}, {problem.settings}, {name}, {setting}"
+            key = f"search {what}, {self.steps} steps"
             found[setting] = self.kept.once(key, run)
         return max(found, key=lambda setting: found[setting])
 
