@@ -9,15 +9,15 @@ neuron's weights.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from neusemslice.graph import Inputs, weight_dims
+from neusemslice.graph.cut import left_in, tensors_of
 from neusemslice.maintain.compensate import Refit, compensate
 from neusemslice.maintain.cutting import prune
 from neusemslice.maintain.tasks import batch_norms
@@ -109,13 +109,14 @@ def _batch(inputs: Inputs) -> Any:
 
 def _enough(model: nn.Module, kept: Slice, samples: int) -> bool:
     """Whether every layer gets enough rows (samples times positions) to be fitted."""
+    left = left_in(kept.graph, kept.masks(), tensors_of(model))
     for layer in kept.graph.layers:
-        module: Any = model.get_submodule(layer.name)
-        positions = layer.macs / module.weight.numel()
-        _, inputs = weight_dims(module)
-        left = len(_left(kept, f"{layer.name}.weight", inputs, module.weight.shape[inputs]))
-        features = left * module.weight[0, 0].numel()
-        if samples * positions < _ROWS_PER_FEATURE * features:
+        weight = model.get_submodule(layer.name).get_parameter("weight")
+        _, dim = weight_dims(model.get_submodule(layer.name))
+        inputs = left.get(f"{layer.name}.weight", {}).get(dim)
+        share = 1.0 if inputs is None else float(inputs.double().mean())
+        features = share * weight.shape[dim] * weight[0, 0].numel()
+        if samples * layer.macs / weight.numel() < _ROWS_PER_FEATURE * features:
             return False
     return True
 
@@ -123,21 +124,13 @@ def _enough(model: nn.Module, kept: Slice, samples: int) -> bool:
 @torch.no_grad()
 def _write_back(base: nn.Module, small: nn.Module, kept: Slice) -> None:
     """Puts the tensors of the small model to where they were cut out."""
-    own = base.state_dict()
-    for name, part in small.state_dict().items():
-        whole: Tensor = own[name]
-        if whole.shape == part.shape:
-            whole.copy_(part)
-            continue
-        places = [_left(kept, name, dim, size) for dim, size in enumerate(whole.shape)]
-        whole[torch.meshgrid(*places, indexing="ij")] = part
-
-
-def _left(kept: Slice, tensor: str, dim: int, size: int) -> Tensor:
-    left = torch.ones(size, dtype=torch.bool)
-    for site in kept.graph.sites:
-        gone = (~kept.mask(site.name)).nonzero().squeeze(1)
-        for span in itertools.chain(site.rows, site.columns):
-            if (span.tensor, span.dim) == (tensor, dim):
-                left[span.indices(gone)] = False
-    return left.nonzero().squeeze(1)
+    whole, cut = tensors_of(base), left_in(kept.graph, kept.masks(), tensors_of(base))
+    for name, part in tensors_of(small).items():
+        places = [
+            cut.get(name, {}).get(dim, torch.ones(size, dtype=torch.bool)).nonzero().squeeze(1)
+            for dim, size in enumerate(whole[name].shape)
+        ]
+        if places and name in cut:
+            whole[name][torch.meshgrid(*places, indexing="ij")] = part.to(whole[name].device)
+        else:
+            whole[name].copy_(part)

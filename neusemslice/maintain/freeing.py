@@ -3,7 +3,8 @@
 A group of neurons can be freed where it can be cut out, so that nothing of it reaches the rest, and
 where one layer's input is all that it is read at: inner channels of a block, the intermediate
 features of an MLP, attention heads. Groups that are read in several places are residual streams:
-they stay whole, because their neurons are sums to which every block contributes.
+they stay whole, because their neurons are sums to which every block contributes. So do experts,
+whose shares of a token depend on each other.
 
 A free neuron brings its own rows and, in layers that have no free row, the columns with which it is
 read. Under earlier tasks these columns meet zeros.
@@ -28,7 +29,9 @@ def separable(graph: Graph) -> list[Group]:
     return [
         group
         for group in graph.groups
-        if not group.kept_whole and sum(bool(graph.site(name).columns) for name in group.sites) <= 1
+        if not group.kept_whole
+        and group.least == 1
+        and sum(bool(graph.site(name).columns) for name in group.sites) == 1
     ]
 
 
