@@ -37,7 +37,7 @@ import neusemslice as nss
 from bench import cifar, mnist
 from bench.report import Column, Result, Section, Target
 from bench.runs import Runs
-from bench.tuning import Stream
+from bench.stream import Stream
 from neusemslice.maintain import compress, finetune, parameter_count, score
 from neusemslice.maintain.sparsity import METHODS
 

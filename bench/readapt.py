@@ -34,11 +34,11 @@ import neusemslice as nss
 from bench import cifar
 from bench.report import Column, Ratio, Result, Section, Target
 from bench.runs import Runs
+from bench.stream import Stream
 from bench.tuning import (
     BUDGET,
     DECAY,
     METHODS,
-    Stream,
     network,
     observe,
     random_neurons,

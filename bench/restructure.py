@@ -41,7 +41,7 @@ from bench import cifar
 from bench.importances import IMPORTANCES, inner_layers, ranking
 from bench.report import Column, Ratio, Result, Section, Target
 from bench.runs import Runs
-from bench.tuning import Stream
+from bench.stream import Stream
 from neusemslice.maintain import finetune, plan, recalibrate
 
 KEPT = Path(__file__).parents[1] / "build" / "restructure.json"

@@ -12,17 +12,26 @@ grown = nss.extend(model, slicing, new_classes_loader)
 from neusemslice import ops, optim
 from neusemslice.maintain import extend, readapt, restructure
 from neusemslice.profiling import Profile, Profiler, profile
-from neusemslice.report import Faithfulness, ThetaCurve, faithfulness, theta_curve
+from neusemslice.report import (
+    CapacityCurve,
+    Faithfulness,
+    ThetaCurve,
+    capacity_curve,
+    faithfulness,
+    theta_curve,
+)
 from neusemslice.slicing import SemanticSlicing, Slice, category_slice, global_slice
 from neusemslice.slicing import slice_profile as slice  # noqa: A004
 
 __all__ = [
+    "CapacityCurve",
     "Faithfulness",
     "Profile",
     "Profiler",
     "SemanticSlicing",
     "Slice",
     "ThetaCurve",
+    "capacity_curve",
     "category_slice",
     "extend",
     "faithfulness",

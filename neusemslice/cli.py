@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -23,6 +23,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 _PROFILE, _SLICE = "profile.safetensors", "slice.safetensors"
 _MODEL, _DELTA, _UNDO = "model.safetensors", "delta.safetensors", "undo.safetensors"
+_TASKS = "tasks"
 
 _Run = Annotated[Path, typer.Argument(help="Folder that an earlier command wrote into.")]
 _Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for what is written.")]
@@ -292,6 +293,74 @@ def readapt(
             result.delta.save(run / _DELTA),
         ]
         print_readapted(result, paths, Console())
+
+
+@app.command()
+def extend(
+    run: _Run = Path("run"),
+    name: Annotated[str, typer.Option(help="Of the new task.")] = "new",
+    capacity: Annotated[
+        float | None,
+        typer.Option(help="Share of the neurons to free the first time; 0.5 if not given."),
+    ] = None,
+    reserve: Annotated[
+        float, typer.Option(help="Share of the free neurons to leave to later tasks.")
+    ] = 0.0,
+    replay: Annotated[
+        float, typer.Option(help="Share of train() to tell the new classes' samples from.")
+    ] = 0.0,
+    grow: Annotated[
+        float, typer.Option(help="Neurons to add to each layer, as a share of its own.")
+    ] = 0.0,
+    epochs: Annotated[int, typer.Option(help="Passes over the new samples.")] = 10,
+    lr: Annotated[float, typer.Option(help="Learning rate at the beginning.")] = 3e-3,
+) -> None:
+    """Learn the classes of the task's new() with neurons that no class before needs.
+
+    Repeated with other new classes and another name it adds a further task.
+    """
+    from neusemslice.maintain import capacity_left, load_tasks, save_tasks, task_accuracies
+    from neusemslice.maintain import extend as extended_by
+    from neusemslice.maintain.holdout import Labelled
+    from neusemslice.report import print_extended
+    from neusemslice.slicing import SemanticSlicing
+    from neusemslice.task import remembered
+
+    with _one_sentence("extend"):
+        given = remembered(run)
+        if given.optional("loss"):
+            raise ValueError(
+                f"{given.path} has a loss(); extend trains with the cross-entropy of the labels"
+            )
+        slicing = SemanticSlicing.load(run / _SLICE)
+        old, new = given.train(), given.new()
+        if labels := given.optional("labels"):
+            old, new = Labelled(old, labels, "extend"), Labelled(new, labels, "extend")
+        model: Any = given.model()
+        if known := (run / _TASKS).exists():
+            model = load_tasks(run / _TASKS, model)
+        elif capacity is None:
+            capacity = 0.5
+        # A model that has grown since is another one than the slicing's.
+        grew = known and model.graph.fingerprint != slicing.profile.graph.fingerprint
+        room = None if grew else capacity_left(model, slicing, new, capacity)
+        result = extended_by(
+            model,
+            None if known else slicing,
+            new,
+            name=name,
+            old=old,
+            replay=replay,
+            capacity=capacity,
+            reserve=reserve,
+            grow=grow,
+            epochs=epochs,
+            lr=lr,
+        )
+        first = next(iter(result.model.tasks))
+        accuracies = task_accuracies(result.model, {first: old, name: new})
+        paths = save_tasks(result.model, run / _TASKS)
+        print_extended(result, accuracies, room, paths, Console())
 
 
 def main() -> None:

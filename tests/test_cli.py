@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from neusemslice import Profile, SemanticSlicing
-from neusemslice.maintain import Delta, Restructured, Undo
+from neusemslice.maintain import Delta, Restructured, Undo, load_tasks
 from neusemslice.task import remembered
 
 TASK = """
@@ -193,6 +193,28 @@ def test_readapt_continues_after_an_interrupt(folder):
 
 
 @pytest.mark.slow
+def test_extend_twice(folder):
+    sliced(folder)
+    more = TASK.replace("torch.arange(8) % 3", "torch.arange(8) % 2 + {first}")
+    for first, name in ((3, "birds"), (5, "fish")):
+        (folder / "task.py").write_text(more.format(first=first))
+        options = ("--name", name, "--reserve", "0.5", "--epochs", "1", "--replay", "0.5")
+        result = run(folder, "extend", "out", *options)
+        assert result.returncode == 0, result.stderr
+        for text in ("old answers bit-identical", "expected", "Free for further tasks", name):
+            assert text in result.stdout
+    assert {p.name for p in (folder / "out" / "tasks").iterdir()} == {
+        *("backbone.safetensors", "task-old.safetensors"),
+        *("task-birds.safetensors", "task-fish.safetensors"),
+    }
+    tasks = load_tasks(folder / "out" / "tasks", remembered(folder / "out").model())
+    assert tasks(torch.randn(4, 6)).shape == (4, 7)
+    result = run(folder, "extend", "out", "--name", "fish")
+    assert result.returncode == 1
+    assert "the new data holds old classes: [5, 6]" in " ".join(result.stderr.split())
+
+
+@pytest.mark.slow
 def test_ranks_give_the_profile_of_one_process(folder):
     """Two processes with the environment that torchrun gives its own."""
     with socket.socket() as probe:
@@ -235,6 +257,7 @@ def test_ranks_give_the_profile_of_one_process(folder):
         (None, ("profile", "task.py", "--metric", "sum"), "metrics must be among"),
         (None, ("slice", "nowhere"), "profile.safetensors: no such file"),
         (None, ("restructure", "nowhere"), "task.json: no such file"),
+        (None, ("extend", "nowhere"), "task.json: no such file; neusemslice profile writes it"),
         (None, ("readapt", "nowhere"), "task.json: no such file; neusemslice profile writes it"),
     ],
 )
@@ -249,5 +272,5 @@ def test_what_is_wrong_is_one_sentence(folder, source, command, message):
 
 def test_help_lists_the_commands(folder):
     shown = run(folder, "--help").stdout
-    for command in ("demo", "profile", "slice", "restructure", "readapt", "report"):
+    for command in ("demo", "profile", "slice", "restructure", "readapt", "extend", "report"):
         assert command in shown

@@ -1,6 +1,7 @@
 """Extension learns new classes and leaves every old answer as it was, bit for bit."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from models import IMAGES, Mlp, images, loader, settled
 from torch import nn
 
 import neusemslice as nss
-from neusemslice.maintain.extend import _free_statistics
+from neusemslice.maintain import task_accuracies
 
 OLD = loader(96)
 NEW = [(1.3 - x, y + 4) for x, y in loader(96)]
@@ -45,7 +46,7 @@ def test_consolidation_makes_the_old_slice_stand_alone(name):
     result = nss.extend(model, slicing, NEW, old=OLD, capacity=0.5, epochs=2, old_epochs=6)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), f"the given model's {key} changed"
-    losses = result.report.consolidation.losses
+    losses = result.report.consolidation.training.losses
     assert losses[-1] < losses[0]
     free = ~result.frozen
     for site in free.graph.sites:
@@ -108,16 +109,18 @@ def test_it_learns_the_new_classes():
     assert result.report.old_classes == (0, 1, 2, 3)
 
 
-def test_logits_over_all_classes_by_global_number():
+def test_log_probabilities_over_all_classes_by_global_number():
     model, slicing = made("lenet")
     gaps = [(x, y + 1) for x, y in NEW]  # classes 5-8; nobody knows class 4
     result = nss.extend(model, slicing, gaps, capacity=0.5, epochs=1)
-    result.model.eval()
-    logits = result.model(X)
-    assert logits.shape == (11, 9)
-    assert torch.equal(logits[:, :4], result.model.task("old")(X))
-    assert torch.equal(logits[:, 5:], result.model.task("new")(X))
-    assert (logits[:, 4] == -torch.inf).all()
+    found = result.model(X)
+    assert found.shape == (11, 9)
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(11))
+    assert (found[:, 4] == -torch.inf).all()
+    for name, own in (("old", [0, 1, 2, 3]), ("new", [5, 6, 7, 8])):
+        within = result.model.task(name)(X).log_softmax(1)
+        torch.testing.assert_close(found[:, own].log_softmax(1), within)
+    assert torch.equal(result.model.choose(X), found[:, 4:].logsumexp(1).gt(-0.6931472).long())
 
 
 def test_a_nan_in_a_free_neuron_does_not_reach_old_answers():
@@ -141,24 +144,168 @@ def test_saving_and_loading_keeps_the_bits():
         assert torch.equal(a, b)
 
 
-class TestFreeStatistics:
-    def test_frozen_channels_as_in_evaluation_free_ones_as_in_training(self):
+@pytest.mark.parametrize("fresh", [True, False])
+def test_free_neurons_start_anew_or_from_what_they_are(fresh):
+    model, slicing = made("lenet")
+    result = nss.extend(model, slicing, NEW, capacity=0.5, epochs=1, lr=0.0, fresh=fresh)
+    free, found = ~result.frozen, result.model.backbone
+    first, second = (free.mask(name).nonzero().squeeze(1) for name in ("0", "3"))
+    kept = result.frozen.mask("3").nonzero().squeeze(1)
+    assert torch.equal(found[3].weight[second], model[3].weight[second]) is not fresh
+    assert found[3].weight[second].abs().max() <= 1 / 6 or not fresh  # as torch draws them
+    assert torch.equal(found[3].weight[kept][:, first], model[3].weight[kept][:, first]) is (
+        not fresh
+    )
+    assert (found[3].weight[kept][:, first] == 0).all() or not fresh
+
+
+def test_a_new_task_has_batch_norms_of_its_own():
+    model, slicing = made("residual")
+    result = nss.extend(model, slicing, NEW, capacity=0.5, epochs=2, lr=1e-2)
+    own = result.model.parts("new")
+    assert set(own) == {"stem_bn", "bn1", "bn2", "head"}
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert torch.equal(getattr(result.model.backbone.bn2, name), getattr(model.bn2, name))
+        moved = getattr(own["bn2"], name) != getattr(model.bn2, name)
+        assert moved.all(), "those of frozen channels too"
+
+
+def test_a_single_sample_in_a_batch():
+    model = settled(
+        nn.Sequential(
+            nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)
+        ),
+        1,
+        8,
+        8,
+    )
+    slicing = nss.slice(nss.profile(model, OLD), threshold=0.6)
+    new = [(x[:1], y[:1]) for x, y in NEW] + NEW
+    result = nss.extend(model, slicing, new, capacity=0.5, epochs=1, old=OLD[:2] + new[:0])
+    assert result.report.unchanged
+
+
+class TestReplay:
+    def test_it_tells_tasks_apart(self):
         model, slicing = made("lenet")
-        free = nss.Slice(slicing.profile.graph, {"3": torch.arange(6) >= 4})
-        norm = model[4]
-        reference = copy.deepcopy(norm)
-        x = torch.randn(5, 6, 4, 4)
-        trained, evaluated = reference.train()(x), copy.deepcopy(norm).eval()(x)
-        with _free_statistics(model, free):
-            out = norm.eval()(x)
-        torch.testing.assert_close(out[:, 4:], trained[:, 4:])
-        assert torch.equal(out[:, :4], evaluated[:, :4])
-        torch.testing.assert_close(norm.running_mean[4:], reference.running_mean[4:])
-        torch.testing.assert_close(norm.running_var[4:], reference.running_var[4:])
-        assert not norm._forward_hooks
+        board = (torch.arange(8).unsqueeze(1) + torch.arange(8)) % 2 - 0.5
+        unlike = [(0.5 * x + board, y + 4) for x, y in OLD]
+        options = {"capacity": 0.5, "epochs": 6, "old_epochs": 4, "lr": 1e-2}
+        result = nss.extend(model, slicing, unlike, old=OLD, replay=1.0, **options)
+        assert result.model.tasks["new"].rejects
+        assert result.model.task("new")(X).shape == (11, 4)
+        loaders = {"old": OLD, "new": unlike}
+        found = task_accuracies(result.model, loaders)
+        assert (found["old"].chosen + found["new"].chosen) / 2 > 0.75
+        for name in loaders:
+            assert found[name].inferred <= found[name].given
+        probabilities = result.model(X).exp()
+        torch.testing.assert_close(probabilities.sum(1), torch.ones(11))
+
+    def test_some_of_the_old_samples(self):
+        model, slicing = made("lenet")
+        result = nss.extend(model, slicing, NEW, old=OLD, replay=0.3, capacity=0.5, epochs=1)
+        assert result.report.unchanged
+
+    def test_refusals(self):
+        model, slicing = made("lenet")
+        with pytest.raises(ValueError, match="replay needs old samples"):
+            nss.extend(model, slicing, NEW, replay=0.5, capacity=0.5)
+        tasks = nss.extend(model, slicing, NEW, capacity=0.5, reserve=0.5, epochs=1).model
+        other = [(x, y + 8) for x, y in OLD]
+        with pytest.raises(ValueError, match=r"old samples must be of old classes, got \[8,"):
+            nss.extend(tasks, None, [(x, y + 12) for x, y in OLD], name="b", old=other, replay=1.0)
+
+
+class TestGrow:
+    @pytest.mark.parametrize("name", ["lenet", "residual", "concatenated", "depthwise"])
+    def test_wider_layers_answer_as_before(self, name):
+        model, slicing = made(name)
+        first = nss.extend(model, slicing, NEW, capacity=0.5, epochs=1)
+        assert not len(first.model.free)
+        more = [(x.flip(2), y + 8) for x, y in OLD]
+        with pytest.raises(ValueError, match=r"no neuron is free.*give grow= to widen"):
+            nss.extend(first.model, None, more, name="more")
+        grown = nss.extend(first.model, None, more, name="more", grow=0.5, epochs=1)
+        for task in ("old", "new"):
+            before, after = first.model.task(task)(X), grown.model.task(task)(X)
+            torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+            assert torch.equal(after, grown.base.task(task)(X)), "a new reference for bits"
+        for site in grown.model.graph.sites:
+            was = first.frozen.graph.site(site.name).neurons
+            widened = site.name in grown.report.left
+            assert site.neurons == (was + math.ceil(0.5 * was) if widened else was)
+        assert len(grown.model.tasks["more"].slice) == grown.model.graph.neurons
+        assert grown.model(X).shape == (11, 12)
+
+    def test_a_model_that_is_extended_for_the_first_time(self):
+        model, slicing = made("lenet", threshold=1.0)
+        before = copy.deepcopy(model.state_dict())
+        result = nss.extend(model, slicing, NEW, grow=0.5, epochs=1)
+        assert model[0].out_channels == 4
+        assert result.base[0].out_channels == 6
+        torch.testing.assert_close(result.model.task("old")(X), model(X), rtol=1e-4, atol=1e-5)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key])
+
+    def test_no_layer_that_can_be_widened(self):
+        model, slicing = made("grouped")
+        with pytest.raises(ValueError, match="no layer that can be widened"):
+            nss.extend(model, slicing, NEW, grow=0.5)
 
 
 class TestRefusals:
+    def test_names_that_are_taken(self):
+        model, slicing = made("lenet")
+        with pytest.raises(ValueError, match="there is a task 'old' already"):
+            nss.extend(model, slicing, NEW, capacity=0.5, name="old")
+        for bad in ("", "a/b", "v1.0"):
+            with pytest.raises(ValueError, match="a task's name must have neither"):
+                nss.extend(model, slicing, NEW, capacity=0.5, name=bad)
+        with pytest.raises(ValueError, match=r"a name of its own, got \['3'\] twice"):
+            nss.extend(model, slicing, NEW, capacity=0.5, class_names=["3", "a", "b", "c"])
+        with pytest.raises(ValueError, match=r"a name of its own, got .*'a', 'a'.* twice"):
+            nss.extend(model, slicing, NEW, capacity=0.5, class_names=["a", "a", "b", "c"])
+        with pytest.raises(ValueError, match=r"of the 4 new classes \[4, 5, 6, 7\], got 1"):
+            nss.extend(model, slicing, NEW, capacity=0.5, class_names=["a"])
+
+    def test_classes_of_any_task_before(self):
+        model, slicing = made("lenet")
+        tasks = nss.extend(model, slicing, NEW, capacity=0.5, reserve=0.5, epochs=1).model
+        with pytest.raises(ValueError, match=r"holds old classes: \[4, 5, 6, 7\]"):
+            nss.extend(tasks, None, NEW, name="again")
+
+    def test_a_slicing_where_none_belongs_and_none_where_one_does(self):
+        model, slicing = made("lenet")
+        with pytest.raises(ValueError, match="needs the slicing of its classes"):
+            nss.extend(model, None, NEW)
+        tasks = nss.extend(model, slicing, NEW, capacity=0.5, epochs=1).model
+        with pytest.raises(ValueError, match="a TaskSet keeps the slices of its tasks"):
+            nss.extend(tasks, slicing, NEW)
+
+    @pytest.mark.parametrize(
+        ("option", "bad"), [("reserve", 1.0), ("replay", 1.5), ("grow", -0.5), ("grow", math.inf)]
+    )
+    def test_shares(self, option, bad):
+        model, slicing = made("lenet")
+        with pytest.raises(ValueError, match=f"{option} must"):
+            nss.extend(model, slicing, NEW, old=OLD, **{option: bad})
+
+    def test_nan_in_the_new_samples_leaves_the_model_alone(self):
+        model, slicing = made("residual")
+        before = copy.deepcopy(model.state_dict())
+        new = [(torch.full_like(x, torch.nan), y) for x, y in NEW]
+        with pytest.raises(ValueError, match="loss of epoch 1 is not finite"):
+            nss.extend(model, slicing, new, capacity=0.5)
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, before[key])
+        tasks = nss.extend(model, slicing, NEW, capacity=0.5, reserve=0.5, epochs=1).model
+        expected = tasks.task("new")(X)
+        with pytest.raises(ValueError, match="loss of epoch 1 is not finite"):
+            nss.extend(tasks, None, [(x, y + 4) for x, y in new], name="b")
+        assert list(tasks.tasks) == ["old", "new"]
+        assert torch.equal(tasks.task("new")(X), expected)
+
     def test_old_labels_in_the_new_data(self):
         model, slicing = made()
         with pytest.raises(ValueError, match=r"the new data holds old classes: \[2, 3\]"):

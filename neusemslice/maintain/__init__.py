@@ -1,7 +1,17 @@
 """From a slice to a restructured, re-adapted or extended model."""
 
+from neusemslice.maintain.capacity import Capacity, SiteCapacity, capacity_left
 from neusemslice.maintain.compensate import Refit
 from neusemslice.maintain.compress import Compressed, CompressReport, compress
+from neusemslice.maintain.consolidate import Consolidation
+from neusemslice.maintain.continual import (
+    TaskAccuracy,
+    average_accuracy,
+    backward_transfer,
+    forgetting,
+    forward_transfer,
+    task_accuracies,
+)
 from neusemslice.maintain.cost import Cost, latency, measure, parameter_count
 from neusemslice.maintain.delta import Delta
 from neusemslice.maintain.extend import Extended, ExtendReport, extend
@@ -11,13 +21,16 @@ from neusemslice.maintain.recalibration import recalibrate
 from neusemslice.maintain.regrow import regrow
 from neusemslice.maintain.restructure import Restructured, RestructureReport, restructure
 from neusemslice.maintain.targets import GroupPlan, Plan, plan
-from neusemslice.maintain.tasks import Task, TaskModel
+from neusemslice.maintain.taskfiles import export_task, load_tasks, save_tasks
+from neusemslice.maintain.tasks import Task, TaskSet
 from neusemslice.maintain.training import Score, Training, fit, score
 from neusemslice.maintain.undo import Undo
 
 __all__ = [
+    "Capacity",
     "CompressReport",
     "Compressed",
+    "Consolidation",
     "Cost",
     "Delta",
     "ExtendReport",
@@ -30,15 +43,24 @@ __all__ = [
     "RestructureReport",
     "Restructured",
     "Score",
+    "SiteCapacity",
     "Task",
-    "TaskModel",
+    "TaskAccuracy",
+    "TaskSet",
     "Training",
     "Undo",
+    "average_accuracy",
+    "backward_transfer",
+    "capacity_left",
     "compress",
+    "export_task",
     "extend",
     "finetune",
     "fit",
+    "forgetting",
+    "forward_transfer",
     "latency",
+    "load_tasks",
     "measure",
     "parameter_count",
     "plan",
@@ -46,5 +68,7 @@ __all__ = [
     "recalibrate",
     "regrow",
     "restructure",
+    "save_tasks",
     "score",
+    "task_accuracies",
 ]

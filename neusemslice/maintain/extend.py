@@ -1,40 +1,37 @@
-"""Extension: learn new classes with the neurons that the old ones do not need.
+"""Extension: learn new classes with the neurons that no task before needs.
 
-Where old data is at hand, the old classes' slice is first consolidated: trained briefly with all
-other neurons masked, so that it answers alone. Then it is frozen: rows, biases, norm affine and
-running statistics of its neurons. What it does not need is free, and is trained on the new classes
-together with a new head. A free neuron brings its own rows and, where the layer that reads it is
-frozen whole (a residual stream), the columns with which it is read; under the old slice these
-columns meet zeros. So old answers, given under the old slice, cannot change by a bit, which is
-checked before the result is returned.
-
-Coupled sites (residual streams) are frozen whole: their neurons are sums to which old neurons
-contribute.
+A model that is extended for the first time becomes the first task of a ``TaskSet``: the old
+classes' slice, which is first consolidated where old data is at hand, so that it answers alone.
+Then, as every further time, the neurons of all tasks so far are frozen, and free ones are trained
+on the new classes, with a new head and with batch norms of the new task's own. New neurons read old
+ones; no old answer reads a new one, so none can change by a bit, which is checked before the result
+is returned (``maintain/tasks.py`` says how a task is answered, ``maintain/freeing.py`` what is
+free).
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from neusemslice.graph import Graph, device_of, evaluation, logits_of
-from neusemslice.maintain.tasks import Task, TaskModel
+from neusemslice.graph import Graph, Inputs, device_of, evaluation
+from neusemslice.maintain.consolidate import Consolidation, consolidate
+from neusemslice.maintain.freeing import needed, part_of, per_site, start_afresh, trained
+from neusemslice.maintain.grow import grown
+from neusemslice.maintain.replay import Together, replayed
+from neusemslice.maintain.tasks import NOBODY, Task, TaskSet, batch_norms, energy_moments
 from neusemslice.maintain.training import Training, fit
-from neusemslice.optim import MaskedAdamW
+from neusemslice.optim import MaskedAdamW, row_gradients
 from neusemslice.profiling import batches, first_inputs
 from neusemslice.slicing import SemanticSlicing, Slice
 
 OLD, NEW = "old", "new"
-"""Names of the two tasks of an extended model."""
+"""Names of the first task, and of a further one that is given none."""
 
 
 @dataclass(frozen=True)
@@ -42,22 +39,25 @@ class ExtendReport:
     """What extension did.
 
     Attributes:
+        task: name of the new task.
         old_classes, new_classes: global class numbers.
-        free_neurons: share of the model's neurons that were free to learn.
+        free_neurons: share of the model's neurons that were trained.
+        left: per site that can be freed, its neurons, and how many are free for further tasks.
         trained_parameters: number of parameters that were trained, the new head included.
-        unchanged: whether the old answers on the first batch, under the old slice, are the same
-            bits as before; always true in what ``extend`` returns.
-        consolidation: steps, seconds, losses and bytes of optimizer state of training the old
-            slice to stand alone; ``None`` without old data.
-        training: the same of learning the new classes.
+        unchanged: whether the answers of all earlier tasks on the first batch are the same bits as
+            before; always true in what ``extend`` returns.
+        consolidation: of the old slice; ``None`` without old data, and for a ``TaskSet``.
+        training: steps, seconds, losses and bytes of optimizer state of learning the new classes.
     """
 
+    task: str
     old_classes: tuple[int, ...]
     new_classes: tuple[int, ...]
     free_neurons: float
+    left: dict[str, tuple[int, int]]
     trained_parameters: int
     unchanged: bool
-    consolidation: Training | None
+    consolidation: Consolidation | None
     training: Training
 
 
@@ -67,13 +67,13 @@ class Extended:
 
     Attributes:
         model: knows old and new classes.
-        frozen: the old classes' slice.
+        frozen: the slice of all earlier tasks.
         base: the model right before the new classes; under ``frozen`` it gives the old answers to
-            the bit. The given model itself, unless it was consolidated.
+            the bit. The given model itself, unless it was consolidated or grown.
         report: what was done.
     """
 
-    model: TaskModel
+    model: TaskSet
     frozen: Slice
     base: nn.Module
     report: ExtendReport
@@ -81,104 +81,109 @@ class Extended:
 
 def extend(
     model: nn.Module,
-    slicing: SemanticSlicing,
+    slicing: SemanticSlicing | None,
     loader: Iterable[Any],
     *,
+    name: str = NEW,
+    class_names: Sequence[str] | None = None,
     old: Iterable[Any] | None = None,
+    replay: float = 0.0,
     capacity: float | None = None,
+    reserve: float = 0.0,
+    grow: float = 0.0,
+    fresh: bool = True,
     epochs: int = 10,
     old_epochs: int = 2,
     lr: float = 3e-3,
     weight_decay: float = 1e-2,
 ) -> Extended:
-    """Teaches a copy of the model new classes; old answers stay bit-identical under their slice.
+    """Teaches a copy of the model new classes; old answers stay bit-identical.
 
     Args:
-        model: the one that the slicing was made from; it is left as it was. Its output layer must
-            be linear and give the logits.
-        slicing: of the old classes.
+        model: the one that the slicing was made from, or a ``TaskSet`` that earlier calls gave; it
+            is left as it was. Its output layer must be linear and give the logits.
+        slicing: of the old classes; ``None`` for a ``TaskSet``, whose slices are frozen.
         loader: samples of new classes only, labelled by global class numbers; passed over once to
             see the labels and once per epoch.
-        old: samples of the old classes, if there are any, to consolidate their slice with.
-        capacity: share of the neurons of each uncoupled site to free, least important first. By
-            default those that are critical to no class are free.
+        name: of the new task.
+        class_names: of the new classes, by rising number; by default the numbers.
+        old: samples of the old classes, if there are any: to consolidate their slice with, and for
+            ``replay``.
+        replay: share of the old samples that are trained on as "none of the new classes", so that
+            ``model(x)`` can tell better whose a sample is; no old answer needs it.
+        capacity: share of the neurons to free in each place where any can be freed, least important
+            first. By default those that are critical to no class are free. Of a ``TaskSet`` what
+            no task has is free.
+        reserve: share of the free neurons that is left to later tasks.
+        grow: adds so many neurons to each layer that can be widened, as a share of its own: free
+            ones, nobody's yet. Answers are equal within rounding then, not to the bit, to those
+            before; from then on they keep their bits.
+        fresh: whether free neurons start anew; otherwise from the weights that they have.
         epochs, lr, weight_decay: of the training with ``MaskedAdamW``; ``lr`` falls to 0.
         old_epochs: of consolidation.
 
     Raises:
-        ValueError: for a slicing of another model, a capacity outside (0, 1), a model without a
-            free neuron, a head that is not linear or not the last layer, or new data that holds
-            old classes.
+        ValueError: for a slicing of another model, a share out of range, a model without a free
+            neuron, a head that is not linear or not the last layer, a task's or class's name that
+            is taken, or new data that holds old classes; if training does not stay finite. The
+            given model is as it was then.
         RuntimeError: if an old answer changed.
     """
-    graph = slicing.profile.graph
-    Slice.whole(graph).check_model(model)
-    if capacity is not None and not 0 < capacity < 1:
-        raise ValueError(f"extend: capacity must lie in (0, 1), got {capacity}")
-    head = _head(model, graph)
-    old_classes = tuple((slicing.profile.samples > 0).nonzero().squeeze(1).tolist())
-    new_classes = _new_classes(loader, old_classes)
-    frozen = _frozen(slicing, capacity)
-    free = ~frozen
-    if not len(free):
+    _check_shares(capacity=capacity, reserve=reserve, replay=replay, grow=grow)
+    if replay and old is None:
+        raise ValueError("extend: replay needs old samples; give them as old=")
+    tasks = model if isinstance(model, TaskSet) else _first_task(model, slicing, capacity)
+    if tasks is model and (slicing is not None or capacity is not None):
         raise ValueError(
-            "extend: no neuron is free, all are critical to the old classes or coupled; "
-            "slice with a lower threshold, or give a capacity"
+            "extend: a TaskSet keeps the slices of its tasks; give None as slicing, and no capacity"
         )
-    base, consolidation = model, None
-    if old is not None:
-        base, consolidation = _consolidate(model, frozen, old, old_epochs, lr, weight_decay)
-    backbone = copy.deepcopy(base)
-    new_head = nn.Linear(
-        head.in_features,
-        len(new_classes),
-        bias=head.bias is not None,
-        device=head.weight.device,
-        dtype=head.weight.dtype,
-    )
-    extended = TaskModel(
-        backbone,
-        graph.outputs[0],
-        (
-            Task(OLD, tuple(range(head.out_features)), frozen),
-            Task(NEW, new_classes, Slice.whole(graph)),
-        ),
-        {NEW: new_head},
-    )
-    groups = _trained(backbone, graph, free)
-    groups.append({"params": list(new_head.parameters())})
-    optimizer = MaskedAdamW(groups, lr=lr, weight_decay=weight_decay)
-    with _free_statistics(backbone, free):
-        training = fit(
-            extended.task(NEW),
-            loader,
-            optimizer,
-            epochs,
-            what="extend",
-            classes=new_classes,
+    new_classes = _new_classes(loader, tasks.classes)
+    names = _new_names(tasks, name, class_names, new_classes)
+    inputs = first_inputs(loader, "extend", device_of(tasks))
+    widened = grown(tasks, grow, inputs) if grow else tasks
+    own = part_of(widened.free, 1 - reserve)
+    if not len(own):
+        raise ValueError(
+            "extend: no neuron is free, all are needed by the old classes or coupled; "
+            + (
+                "give grow= to widen the layers"
+                if tasks is model
+                else "slice with a lower threshold, give a capacity, or grow= to widen the layers"
+            )
         )
-    inputs = first_inputs(loader, "extend", device_of(model))
-    with evaluation(base), evaluation(backbone), torch.no_grad():
-        with frozen.applied(base):
-            before = logits_of(inputs.run(base))
-        unchanged = torch.equal(extended.answer(OLD, *inputs.args, **inputs.kwargs), before)
+    base, consolidation = widened, None
+    if old is not None and tasks is not model:
+        backbone, consolidation = consolidate(
+            widened.backbone, ~widened.free, old, old_epochs, lr, weight_decay
+        )
+        (first,) = widened.tasks.values()
+        base = TaskSet(backbone, widened.head, (first,), {}, {})
+        base.tasks[first.name] = replace(first, energy=energy_moments(base, first.name, old))
+    extended = copy.deepcopy(base).eval()
+    frozen = ~extended.free
+    kept = (frozen | own).closed()
+    own = kept - frozen
+    task = Task(name, new_classes, kept, names, rejects=replay > 0)
+    if fresh:
+        start_afresh(extended.backbone, own)
+    _add(extended, task)
+    training, trained_parameters = _train(
+        extended, task, own, loader, replayed(old, replay, base.classes), epochs, lr, weight_decay
+    )
+    extended.tasks[name] = replace(task, energy=energy_moments(extended, name, loader))
+    unchanged = all(_same(extended, base, earlier, inputs) for earlier in base.tasks)
     if not unchanged:
         raise RuntimeError("extend: an old answer changed; this is a defect, please report it")
-    trained_parameters = sum(p.numel() for p in new_head.parameters()) + sum(
-        parameter.numel() // parameter.shape[dim] * len(rows)
-        for group in groups[:-1]
-        for parameter, dim, rows in zip(
-            group["params"], group["neuron_dims"], group["rows"], strict=True
-        )
-    )
     return Extended(
         extended,
         frozen,
-        base,
+        base if tasks is model else base.backbone,
         ExtendReport(
-            old_classes=old_classes,
+            task=name,
+            old_classes=tasks.classes,
             new_classes=new_classes,
-            free_neurons=free.density,
+            free_neurons=own.density,
+            left=per_site(extended.free),
             trained_parameters=trained_parameters,
             unchanged=unchanged,
             consolidation=consolidation,
@@ -187,23 +192,36 @@ def extend(
     )
 
 
-def _consolidate(
-    model: nn.Module,
-    frozen: Slice,
-    old: Iterable[Any],
-    epochs: int,
-    lr: float,
-    weight_decay: float,
-) -> tuple[nn.Module, Training]:
-    """A copy in which the slice and the head were trained to answer with all else masked."""
-    base = copy.deepcopy(model)
-    head = base.get_submodule(frozen.graph.outputs[0])
-    groups = [*frozen.parameters(base), {"params": list(head.parameters())}]
-    optimizer = MaskedAdamW(groups, lr=lr, weight_decay=weight_decay)
-    with frozen.applied(base):
-        # Running statistics too have to become those of the slice alone.
-        training = fit(base, old, optimizer, epochs, what="consolidate", freeze_statistics=False)
-    return base, training
+def _check_shares(capacity: float | None, reserve: float, replay: float, grow: float) -> None:
+    if capacity is not None and not 0 < capacity < 1:
+        raise ValueError(f"extend: capacity must lie in (0, 1), got {capacity}")
+    if not 0 <= reserve < 1:
+        raise ValueError(f"extend: reserve must lie in [0, 1), got {reserve}")
+    if not 0 <= replay <= 1:
+        raise ValueError(f"extend: replay must lie in [0, 1], got {replay}")
+    if not 0 <= grow < float("inf"):
+        raise ValueError(f"extend: grow must be at least 0 and finite, got {grow}")
+
+
+def _first_task(
+    model: nn.Module, slicing: SemanticSlicing | None, capacity: float | None
+) -> TaskSet:
+    """The model as the first task of a set; shares its tensors."""
+    if slicing is None:
+        raise ValueError("extend: a model that is no TaskSet needs the slicing of its classes")
+    graph = slicing.profile.graph
+    Slice.whole(graph).check_model(model)
+    head = _head(model, graph)
+    known = (slicing.profile.samples > 0).tolist()
+    classes = tuple(k if k < len(known) and known[k] else NOBODY for k in range(head.out_features))
+    names = slicing.profile.class_names
+    task = Task(
+        OLD,
+        classes,
+        needed(slicing, capacity),
+        tuple("" if k == NOBODY else names[k] for k in classes),
+    )
+    return TaskSet(model, graph.outputs[0], (task,), {}, {})
 
 
 def _head(model: nn.Module, graph: Graph) -> nn.Linear:
@@ -235,92 +253,89 @@ def _new_classes(loader: Iterable[Any], old: tuple[int, ...]) -> tuple[int, ...]
     return tuple(sorted(found))
 
 
-def _frozen(slicing: SemanticSlicing, capacity: float | None) -> Slice:
-    """The old classes' slice: coupled sites whole, of the others what is not free."""
-    graph = slicing.profile.graph
-    critical = slicing.critical_slice()
-    masks = {}
-    for site in graph.sites:
-        group = graph.groups[site.group]
-        if group.kept_whole or len(group.sites) > 1:
-            masks[site.name] = torch.ones(site.neurons, dtype=torch.bool)
-        elif capacity is None:
-            masks[site.name] = critical.mask(site.name)
-        else:
-            kept = max(1, math.ceil((1 - capacity) * site.neurons))
-            order = slicing.importance(site.name).sort(descending=True, stable=True).indices
-            masks[site.name] = torch.zeros(site.neurons, dtype=torch.bool)
-            masks[site.name][order[:kept]] = True
-    return Slice(graph, masks)
-
-
-def _trained(backbone: nn.Module, graph: Graph, free: Slice) -> list[dict[str, Any]]:
-    """Parameter groups of the free neurons: their rows, and columns in layers frozen whole."""
-    groups = free.parameters(backbone)
-    with_free_rows = {id(parameter) for group in groups for parameter in group["params"]}
-    heads = {f"{name}.weight" for name in graph.outputs}
-    columns: dict[tuple[str, int], list[Tensor]] = {}
-    for site in graph.sites:
-        neurons = free.mask(site.name).nonzero().squeeze(1)
-        for span in site.columns:
-            weight = backbone.get_parameter(span.tensor)
-            if len(neurons) and span.tensor not in heads and id(weight) not in with_free_rows:
-                columns.setdefault((span.tensor, span.dim), []).append(span.indices(neurons))
-    if columns:
-        groups.append(
-            {
-                "params": [backbone.get_parameter(name) for name, _ in columns],
-                "neuron_dims": [dim for _, dim in columns],
-                "rows": [torch.cat(rows).unique() for rows in columns.values()],
-            }
+def _new_names(
+    tasks: TaskSet, name: str, class_names: Sequence[str] | None, classes: tuple[int, ...]
+) -> tuple[str, ...]:
+    """The new classes' names; refuses those that are taken."""
+    if name in tasks.tasks:
+        raise ValueError(f"extend: there is a task {name!r} already; give another name")
+    if not name or any(c in name for c in "./\\"):
+        raise ValueError(f"extend: a task's name must have neither '.' nor '/', got {name!r}")
+    names = tuple(str(k) for k in classes) if class_names is None else tuple(class_names)
+    if len(names) != len(classes):
+        raise ValueError(
+            f"extend: class_names must be of the {len(classes)} new classes {list(classes)}, "
+            f"got {len(names)}"
         )
-    return groups
+    taken = {n for task in tasks.tasks.values() for n in task.class_names if n}
+    both = sorted(set(names) & taken)
+    if both or len(set(names)) < len(names):
+        raise ValueError(f"extend: each class needs a name of its own, got {both or names} twice")
+    return names
 
 
-@contextmanager
-def _free_statistics(backbone: nn.Module, free: Slice) -> Iterator[None]:
-    """Inside the block, batch norms in evaluation mode still learn the free neurons' statistics.
-
-    Frozen channels are normalised by their running statistics, free ones by the batch's, as in
-    training mode, and only the free ones' running statistics move.
-    """
-    rows: dict[str, list[Tensor]] = {}
-    for site in free.graph.sites:
-        neurons = free.mask(site.name).nonzero().squeeze(1)
-        for span in site.rows:
-            module, _, tensor = span.tensor.rpartition(".")
-            if tensor == "running_mean" and len(neurons):
-                rows.setdefault(module, []).append(span.indices(neurons))
-    with ExitStack() as stack:
-        for name, parts in rows.items():
-            norm = backbone.get_submodule(name)
-            if not isinstance(norm, _BatchNorm):
-                continue  # an instance norm with running statistics keeps them
-            channels = torch.cat(parts).to(device_of(norm))
-            stack.callback(norm.register_forward_hook(_statistics_hook(channels)).remove)
-        yield
+def _add(extended: TaskSet, task: Task) -> None:
+    """Gives the set a task with a new head, and norms that start from the first task's."""
+    old: Any = extended.backbone.get_submodule(extended.head)
+    head = nn.Linear(
+        old.in_features,
+        len(task.classes) + task.rejects,
+        bias=old.bias is not None,
+        device=old.weight.device,
+        dtype=old.weight.dtype,
+    )
+    norms = {n: copy.deepcopy(norm) for n, norm in batch_norms(extended.backbone).items()}
+    extended.add(task, head, norms)
 
 
-def _statistics_hook(channels: Tensor) -> Any:
-    def hook(norm: _BatchNorm, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        if args[0].numel() == args[0].shape[1]:
-            return output  # one value per channel has no variance
-        mean, var = norm.running_mean[channels], norm.running_var[channels]
-        normalised = F.batch_norm(
-            args[0].index_select(1, channels),
-            mean,
-            var,
-            None if norm.weight is None else norm.weight[channels],
-            None if norm.bias is None else norm.bias[channels],
-            training=True,
-            momentum=0.1 if norm.momentum is None else norm.momentum,
-            eps=norm.eps,
+def _train(
+    extended: TaskSet,
+    task: Task,
+    own: Slice,
+    loader: Iterable[Any],
+    along: Iterable[Any] | None,
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+) -> tuple[Training, int]:
+    """Trains a task's own; also gives the number of parameters."""
+    parts = extended.parts(task.name)
+    rest = [p for part in parts.values() for p in part.parameters()]
+    norms = [part for name, part in parts.items() if name != extended.head]
+    view = _Outputs(extended, task.name)
+    with row_gradients(view, [*trained(extended.backbone, own), {"params": rest}]) as rows:
+        mixed = loader
+        if along is not None and norms:
+            mixed, along = Together(loader, along), None
+        training = fit(
+            view,
+            mixed,
+            MaskedAdamW(rows.groups(), lr=lr, weight_decay=weight_decay),
+            epochs,
+            what="extend",
+            moving=norms,
+            classes=(*task.classes, NOBODY) if task.rejects else task.classes,
+            along=along,
         )
-        # New tensors, because the backward pass still needs the ones that made `output`.
-        norm.running_mean = norm.running_mean.index_copy(0, channels, mean)
-        norm.running_var = norm.running_var.index_copy(0, channels, var)
-        return output.index_copy(1, channels, normalised)
+        if not all(bool(leaf.isfinite().all()) for leaf in rows.parameters()):
+            raise ValueError("extend: training gave weights that are not finite; lower lr")
+        return training, sum(leaf.numel() for leaf in rows.parameters())
 
-    return hook
+
+class _Outputs(nn.Module):
+    """All outputs of one task, as they are trained."""
+
+    def __init__(self, tasks: TaskSet, name: str) -> None:
+        super().__init__()
+        self.tasks = tasks
+        self.name = name
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.tasks.outputs(self.name, *args, **kwargs)
+
+
+def _same(extended: TaskSet, base: TaskSet, name: str, inputs: Inputs) -> bool:
+    """Whether a task's answers are the same bits as before."""
+    with evaluation(extended), evaluation(base), torch.no_grad():
+        before = base.answer(name, *inputs.args, **inputs.kwargs)
+        return torch.equal(extended.answer(name, *inputs.args, **inputs.kwargs), before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +92,7 @@ def fit(
     *,
     what: str,
     freeze_statistics: bool = True,
+    moving: Collection[nn.Module] = (),
     classes: Sequence[int] | None = None,
     along: Iterable[Any] | None = None,
     loss: Loss | None = None,
@@ -104,6 +105,8 @@ def fit(
     Args:
         freeze_statistics: keeps every module that has buffers (batch norms) in evaluation mode, so
             that these stay as they are.
+        moving: batch norms whose running statistics move all the same. A batch with one value per
+            channel, which has no variance, leaves them as they are.
         classes: the label that each output of the model stands for; by default its index.
         along: a second loader. Each batch of the first is one with a batch of this, which begins
             anew with each epoch and where it ends.
@@ -130,7 +133,7 @@ def fit(
     total = epochs * (steps_per_epoch or 1)
     start = at.steps if by_step else len(at.losses)
     scheduler = LambdaLR(optimizer, lambda done: max(0.0, 1 - (start + done) / total))
-    with _training(model, optimizer, freeze_statistics):
+    with _training(model, optimizer, freeze_statistics, moving):
         while len(at.losses) < epochs:
             epoch = len(at.losses) + 1
             watcher.epoch_begins()
@@ -165,12 +168,16 @@ def fit(
 
 @contextmanager
 def _training(
-    model: nn.Module, optimizer: torch.optim.Optimizer, freeze_statistics: bool
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    freeze_statistics: bool,
+    moving: Collection[nn.Module],
 ) -> Iterator[None]:
     """Inside the block the model is one that trains what the optimizer holds."""
     wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
+    hooks = [norm.register_forward_pre_hook(_move_where_possible) for norm in moving]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(id(parameter) in wanted)
@@ -180,11 +187,17 @@ def _training(
                 module.eval()
         yield
     finally:
+        for hook in hooks:
+            hook.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
             parameter.grad = None
         for module, mode in modes:
             module.training = mode
+
+
+def _move_where_possible(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    norm.train(args[0].numel() > args[0].shape[1])
 
 
 def _joined(

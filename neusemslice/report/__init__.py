@@ -1,5 +1,12 @@
 """Tables and figures."""
 
+from neusemslice.report.capacity import CapacityCurve, capacity_curve
+from neusemslice.report.extended import (
+    capacity_table,
+    extended_table,
+    left_table,
+    print_extended,
+)
 from neusemslice.report.faithfulness import Faithfulness, faithfulness
 from neusemslice.report.figures import plot_outcome, plot_slicing, plot_theta_curve
 from neusemslice.report.outcome import Outcome
@@ -20,17 +27,23 @@ from neusemslice.report.tables import print_profile, print_slice, print_slicing
 from neusemslice.report.theta import ThetaCurve, theta_curve
 
 __all__ = [
+    "CapacityCurve",
     "ClassAccuracy",
     "Faithfulness",
     "Outcome",
     "ThetaCurve",
+    "capacity_curve",
+    "capacity_table",
     "class_accuracy",
     "components_table",
+    "extended_table",
     "faithfulness",
+    "left_table",
     "plan_table",
     "plot_outcome",
     "plot_slicing",
     "plot_theta_curve",
+    "print_extended",
     "print_outcome",
     "print_profile",
     "print_readapted",

@@ -1,0 +1,159 @@
+"""Which neurons a task keeps and which are free, and what a free neuron brings to be trained.
+
+A group of neurons can be freed where it can be cut out, so that nothing of it reaches the rest, and
+where one layer's input is all that it is read at: inner channels of a block, the intermediate
+features of an MLP, attention heads. Groups that are read in several places are residual streams:
+they stay whole, because their neurons are sums to which every block contributes. So do experts,
+whose shares of a token depend on each other.
+
+A free neuron brings its own rows and, in layers that have no free row, the columns with which it is
+read. Under earlier tasks these columns meet zeros.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neusemslice.graph import Graph, Group, Site, weight_dims
+from neusemslice.maintain.tasks import batch_norms
+from neusemslice.slicing import SemanticSlicing, Slice
+
+
+def separable(graph: Graph) -> list[Group]:
+    """The groups whose neurons can be freed one by one."""
+    return [
+        group
+        for group in graph.groups
+        if not group.kept_whole
+        and group.least == 1
+        and sum(bool(graph.site(name).columns) for name in group.sites) == 1
+    ]
+
+
+def needed(slicing: SemanticSlicing, capacity: float | None) -> Slice:
+    """What the classes of a slicing keep: of separable groups some neurons, all other sites whole.
+
+    Args:
+        capacity: share of each group's neurons that is free, least important first; ``None`` keeps
+            the critical ones.
+    """
+    graph = slicing.profile.graph
+    critical = slicing.critical_slice()
+    masks = Slice.whole(graph).masks()
+    for group in separable(graph):
+        kept = torch.stack([critical.mask(name) for name in group.sites]).any(0)
+        if capacity is not None:
+            importance = torch.stack([slicing.importance(name) for name in group.sites]).amax(0)
+            order = importance.sort(descending=True, stable=True).indices
+            kept = torch.zeros_like(kept)
+            kept[order[: max(1, math.ceil((1 - capacity) * len(order)))]] = True
+        elif not kept.any():
+            kept[slicing.importance(group.sites[0]).argmax()] = True
+        masks.update(dict.fromkeys(group.sites, kept))
+    return Slice(graph, masks).closed()
+
+
+def part_of(free: Slice, share: float) -> Slice:
+    """The first free neurons of each group, this share of them, rounded up."""
+    masks = {}
+    for group in separable(free.graph):
+        mask = free.mask(group.sites[0])
+        count = math.ceil(share * int(mask.sum()))
+        masks.update(dict.fromkeys(group.sites, mask & (mask.cumsum(0) <= count)))
+    return Slice(free.graph, masks)
+
+
+def trained(backbone: nn.Module, own: Slice) -> list[dict[str, Any]]:
+    """Parameter groups of a task's own neurons, without batch norms: rows, and columns."""
+    apart = {id(p) for norm in batch_norms(backbone).values() for p in norm.parameters()}
+    groups = []
+    for group in own.parameters(backbone):
+        some = [i for i, p in enumerate(group["params"]) if id(p) not in apart]
+        groups.append({key: [values[i] for i in some] for key, values in group.items()})
+    with_rows = {id(parameter) for group in groups for parameter in group["params"]}
+    columns = {
+        place: found
+        for place, found in _columns(backbone, own).items()
+        if id(backbone.get_parameter(place[0])) not in with_rows
+    }
+    if columns:
+        groups.append(
+            {
+                "params": [backbone.get_parameter(name) for name, _ in columns],
+                "neuron_dims": [dim for _, dim in columns],
+                "rows": list(columns.values()),
+            }
+        )
+    return groups
+
+
+@torch.no_grad()
+def start_afresh(backbone: nn.Module, own: Slice) -> None:
+    """Gives neurons new rows, as their layers first had them, and has no other neuron read them.
+
+    Rows of a layer are drawn together with those of all its neurons, as on its creation.
+    """
+    rows: dict[str, tuple[int, list[Tensor]]] = {}
+    for site in own.graph.sites:
+        neurons = own.mask(site.name).nonzero().squeeze(1)
+        for span in site.rows if len(neurons) else ():
+            rows.setdefault(span.tensor, (span.dim, []))[1].append(span.indices(neurons))
+    tensors = backbone.state_dict()
+    made: dict[str, dict[str, Tensor]] = {}
+    for name, (dim, parts) in rows.items():
+        owner, _, tensor = name.rpartition(".")
+        if owner not in made:
+            made[owner] = _fresh(backbone.get_submodule(owner)).state_dict()
+        chosen = torch.cat(parts).to(tensors[name].device)
+        tensors[name].index_copy_(dim, chosen, made[owner][tensor].index_select(dim, chosen))
+    for (name, dim), columns in _columns(backbone, own).items():
+        weight = tensors[name]
+        other = torch.ones(weight.shape[1 - dim], dtype=torch.bool, device=weight.device)
+        for part in rows[name][1] if name in rows else ():
+            other[part.to(weight.device)] = False
+        readers = other.nonzero().squeeze(1)
+        unread = weight.index_select(1 - dim, readers).index_fill(dim, columns, 0)
+        weight.index_copy_(1 - dim, readers, unread)
+
+
+def _columns(backbone: nn.Module, own: Slice) -> dict[tuple[str, int], Tensor]:
+    """By weight and dimension, the columns with which neurons are read, but for the head's."""
+    heads = {f"{name}.weight" for name in own.graph.outputs}
+    found: dict[tuple[str, int], list[Tensor]] = {}
+    for site in own.graph.sites:
+        neurons = own.mask(site.name).nonzero().squeeze(1)
+        for span in site.columns:
+            if len(neurons) and span.tensor not in heads:
+                found.setdefault((span.tensor, span.dim), []).append(span.indices(neurons))
+    return {
+        place: torch.cat(parts).unique().to(backbone.get_parameter(place[0]).device)
+        for place, parts in found.items()
+    }
+
+
+def _fresh(module: nn.Module) -> nn.Module:
+    """A copy as it was first initialised."""
+    fresh = copy.deepcopy(module)
+    reset = getattr(fresh, "reset_parameters", None)
+    if callable(reset):
+        reset()
+    elif isinstance(weight := getattr(fresh, "weight", None), Tensor) and weight.ndim > 1:
+        # As torch's own layers.
+        bound = (weight.numel() / weight.shape[weight_dims(fresh)[0]]) ** -0.5
+        nn.init.uniform_(weight, -bound, bound)
+        if isinstance(bias := getattr(fresh, "bias", None), Tensor):
+            nn.init.zeros_(bias)
+    return fresh
+
+
+def per_site(chosen: Slice) -> dict[str, tuple[int, int]]:
+    """Per site whose group can be freed: neurons, and how many of them are in the slice."""
+    sites: list[Site] = [
+        chosen.graph.site(name) for group in separable(chosen.graph) for name in group.sites
+    ]
+    return {site.name: (site.neurons, int(chosen.mask(site.name).sum())) for site in sites}
