@@ -227,3 +227,19 @@ def test_a_task_alone_is_small_and_answers_the_same(name):
         assert sum(p.numel() for p in small.parameters()) < whole
         assert not any(isinstance(m, TaskSet) for m in small.modules())
     assert isinstance(tasks.backbone, nn.Module)
+
+
+def test_a_transformers_task_alone_and_wider():
+    model, old = transformer("vit"), batches("vit")
+    new = [b | {"labels": b["labels"] + 3} for b in old]
+    slicing = nss.slice(nss.profile(model, old), threshold=0.6)
+    tasks = nss.extend(model, slicing, new, capacity=0.5, epochs=1).model
+    inputs = Inputs((), batch("vit", 5, seed=9))
+    small = export_task(tasks, "old", inputs)
+    expected = tasks.answer("old", **inputs.kwargs)
+    assert (small(**inputs.kwargs).logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert small.vit.layers[0].mlp.fc1.out_features == 12
+    later = [b | {"labels": b["labels"] + 6} for b in old]
+    grown = nss.extend(tasks, None, later, name="more", grow=0.25, epochs=1).model
+    assert grown.backbone.vit.layers[0].mlp.fc1.out_features == 30
+    assert torch.equal(tasks.answer("old", **inputs.kwargs), expected)

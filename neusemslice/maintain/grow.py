@@ -102,6 +102,7 @@ def _can_grow(backbone: nn.Module, site: Site) -> bool:
     modules = {span.tensor.rpartition(".")[0] for span in (*site.rows, *site.columns)}
     return (
         not site.norms
+        and not site.counts
         and all(span.repeat == 1 for span in site.rows)
         and all(
             isinstance(m, (_ConvNd, nn.Linear, _BatchNorm)) or is_transposed_linear(m)
