@@ -37,7 +37,7 @@ _DEVIATION = torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
 
 @dataclass(frozen=True)
 class Images:
-    """Images uint8 ``[N, 3, 32, 32]`` and labels int64 ``[N]``."""
+    """Images uint8 ``[N, C, H, W]``, of CIFAR-10 ``[N, 3, 32, 32]``, and labels int64 ``[N]``."""
 
     pixels: Tensor
     labels: Tensor
@@ -47,6 +47,10 @@ class Images:
 
     def __getitem__(self, chosen: Tensor | slice) -> Images:
         return Images(self.pixels[chosen], self.labels[chosen])
+
+    def of(self, classes: tuple[int, ...]) -> Images:
+        """Those of some classes."""
+        return self[torch.isin(self.labels, torch.tensor(classes))]
 
     def inputs(self) -> Tensor:
         """What the networks take: float32, normalised."""
@@ -78,6 +82,11 @@ def augmented(pixels: Tensor, generator: torch.Generator) -> Tensor:
     return padded.permute(0, 2, 3, 1)[sample, rows.unsqueeze(2), cols.unsqueeze(1)].permute(
         0, 3, 1, 2
     )
+
+
+def prepared(pixels: Tensor, generator: torch.Generator) -> Tensor:
+    """Augmented and normalised, for training."""
+    return normalised(augmented(pixels, generator))
 
 
 def missing() -> str | None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -34,11 +33,12 @@ from torch import Tensor, nn
 import neusemslice as nss
 from bench import cifar
 from bench.report import Column, Ratio, Result, Section, Target
+from bench.runs import Runs
+from bench.stream import Stream
 from bench.tuning import (
     BUDGET,
     DECAY,
     METHODS,
-    Stream,
     network,
     observe,
     random_neurons,
@@ -141,18 +141,12 @@ QUICK = Size(
 )
 
 
-class Study:
-    """Runs what is not kept yet, and keeps it.
-
-    Args:
-        kept: the file; ``None`` keeps nothing.
-    """
+class Study(Runs):
+    """All runs of one size."""
 
     def __init__(self, size: Size, kept: Path | None) -> None:
-        self.size, self.kept = size, kept
-        self.runs: dict[str, Any] = {}
-        if kept is not None and kept.exists():
-            self.runs = json.loads(kept.read_text())
+        super().__init__(kept)
+        self.size = size
         images = cifar.load("train")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         self.images = images[order]
@@ -168,18 +162,6 @@ class Study:
         if name not in self._untuned:
             self._untuned[name] = right(network(name), self.test)
         return self._untuned[name]
-
-    def once(self, key: str, run: Callable[[], Any]) -> Any:
-        """The outcome of a run, from the file if it is there."""
-        if key not in self.runs:
-            self.runs[key] = run()
-            print(key, json.dumps(self.runs[key]), flush=True)
-            if self.kept is not None:
-                self.kept.parent.mkdir(exist_ok=True)
-                new = self.kept.with_suffix(".new")
-                new.write_text(json.dumps(self.runs, indent=1))
-                new.rename(self.kept)
-        return self.runs[key]
 
     def slicing(self, name: str) -> nss.SemanticSlicing:
         """Of the network as its batch norms remember the old images."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import neusemslice as nss
 from bench import cifar, mnist
+from neusemslice import _files
 from neusemslice.graph import evaluation
 
 METRICS = ("avg", "var", "taylor", "deeplift")
@@ -57,7 +58,7 @@ class Subject:
 
     def profile(self, part: int, images: int, metrics: tuple[str, ...] = METRICS) -> nss.Profile:
         """Of a part of the training images; kept in a file, and continued after an interrupt."""
-        stem = f"profile-{self.key}-{images}-{part}-{'-'.join(metrics)}"
+        stem = f"profile-{_files.FORMAT}-{self.key}-{images}-{part}-{'-'.join(metrics)}"
         path = cifar.CACHE / f"{stem}.safetensors"
         if not path.exists():
             nss.profile(

@@ -20,27 +20,6 @@ DECAY = 1e-2
 METHODS = ("ours", "full", "last layer", "random neurons", "batch norms", "LoRA")
 
 
-class Stream:
-    """A given number of augmented batches in each pass, shuffled anew whenever images run out."""
-
-    def __init__(self, images: cifar.Images, size: int, batches: int, seed: int) -> None:
-        self.images, self.size, self.batches = images, size, batches
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return self.batches
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.zeros(0, dtype=torch.int64)
-        for _ in range(self.batches):
-            while len(order) < self.size:
-                order = torch.cat(
-                    [order, torch.randperm(len(self.images), generator=self.generator)]
-                )
-            chosen, order = self.images[order[: self.size]], order[self.size :]
-            yield cifar.normalised(cifar.augmented(chosen.pixels, self.generator)), chosen.labels
-
-
 def network(name: str) -> nn.Module:
     """The untuned network."""
     return cifar.trained(f"{name.lower().replace('-', '')}_cifar10")

@@ -93,7 +93,21 @@ def read(
             raise TypeError("its content is not an object")
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{source} is damaged: its metadata cannot be read ({error!r})") from error
+    return built(source, lambda: build(tensors, content))
+
+
+def built(path: str | os.PathLike[str], build: Callable[[], _T]) -> _T:
+    """What ``build`` makes of a file's content.
+
+    Raises:
+        ValueError: naming the file, if the content is not what it must be.
+    """
     try:
-        return build(tensors, content)
+        return build()
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{source} is damaged: {error}") from error
+        raise ValueError(f"{Path(path)} is damaged: {error}") from error
+
+
+def under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, by the rest of their names."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}

@@ -6,15 +6,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from neusemslice.maintain import Restructured
+    from neusemslice.report import ClassAccuracy
+    from neusemslice.slicing import SemanticSlicing
+    from neusemslice.task import Task
+
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 _PROFILE, _SLICE = "profile.safetensors", "slice.safetensors"
-_MODEL, _DELTA = "model.safetensors", "delta.safetensors"
+_MODEL, _DELTA, _UNDO = "model.safetensors", "delta.safetensors", "undo.safetensors"
 _TASKS = "tasks"
 
 _Run = Annotated[Path, typer.Argument(help="Folder that an earlier command wrote into.")]
@@ -128,6 +136,106 @@ def slice_(
     with _one_sentence("slice"):
         slicing = slice_profile(Profile.load(run / _PROFILE), metric, threshold)
         print_slicing(slicing, slicing.save(run / _SLICE), Console())
+
+
+@app.command()
+def restructure(
+    run: _Run = Path("run"),
+    macs: Annotated[
+        float | None, typer.Option(help="Share of the multiply-adds to keep at most.")
+    ] = None,
+    params: Annotated[
+        float | None, typer.Option(help="Share of the parameters to keep at most.")
+    ] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of each group's neurons to keep.")
+    ] = None,
+    latency: Annotated[
+        float | None, typer.Option(help="Share of a forward pass's time to keep at most.")
+    ] = None,
+    round_to: Annotated[
+        int | None,
+        typer.Option(
+            help="With a target, each group keeps a multiple of this, or all; by default what is "
+            "fast if the target is about speed."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what each layer would keep, and cut nothing.")
+    ] = False,
+    compensate: Annotated[
+        bool, typer.Option(help="Fit what is left to what the whole model answers.")
+    ] = True,
+    samples: Annotated[
+        int, typer.Option(help="Of train(), from the beginning, that this is done on.")
+    ] = 2048,
+) -> None:
+    """Make the model physically smaller; without a target it keeps its critical neurons.
+
+    Accuracy is shown if the task has a test().
+    """
+    from neusemslice.maintain import Undo, plan
+    from neusemslice.maintain import restructure as cut_down
+    from neusemslice.report import plan_table, print_restructured
+    from neusemslice.slicing import SemanticSlicing
+    from neusemslice.task import beginning, remembered
+
+    with _one_sentence("restructure"):
+        given = remembered(run)
+        slicing = SemanticSlicing.load(run / _SLICE)
+        model = given.model()
+        if dry_run:
+            if latency is not None:
+                raise ValueError("a latency is measured on what was cut, so it has no dry run")
+            planned = plan(model, slicing, macs=macs, params=params, keep=keep, round_to=round_to)
+            Console().print(plan_table(planned))
+            return
+        result = cut_down(
+            model,
+            slicing,
+            calibration=beginning(given.train(), samples),
+            macs=macs,
+            params=params,
+            keep=keep,
+            latency=latency,
+            round_to=round_to,
+            compensate=compensate,
+        )
+        paths = [
+            result.save(run / _MODEL),
+            Undo.between(model, result.model, result.kept).save(run / _UNDO),
+        ]
+        print_restructured(
+            result, slicing, paths, Console(), _accuracy(given, slicing, model, result)
+        )
+
+
+@app.command()
+def report(run: _Run = Path("run")) -> None:
+    """Show again what restructuring did; accuracy, if the task has a test(), is measured anew."""
+    from neusemslice.maintain import Restructured
+    from neusemslice.report import print_restructured
+    from neusemslice.slicing import SemanticSlicing
+    from neusemslice.task import remembered
+
+    with _one_sentence("report"):
+        given = remembered(run)
+        slicing = SemanticSlicing.load(run / _SLICE)
+        model = given.model()
+        result = Restructured.load(run / _MODEL, model)
+        print_restructured(result, slicing, [], Console(), _accuracy(given, slicing, model, result))
+
+
+def _accuracy(
+    given: Task, slicing: SemanticSlicing, model: nn.Module, result: Restructured
+) -> ClassAccuracy | None:
+    """How the whole and the smaller model answer the task's test samples, if it has any."""
+    from neusemslice.report import class_accuracy
+
+    if not callable(test := given.optional("test")):
+        return None
+    names, labels = slicing.profile.class_names, given.optional("labels")
+    return class_accuracy(model, result.model, test(), names, labels)
 
 
 @app.command()

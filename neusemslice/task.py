@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from neusemslice.profiling import unlabelled
+
 _REMEMBERED = "task.json"
 """In the folder that commands write into: which task file they were given."""
 
@@ -23,8 +25,9 @@ class Task:
     """The functions of a task file.
 
     ``model()`` returns the trained model and ``train()`` a loader of labelled batches. Optional are
-    ``new()``, a loader of new samples, ``loss(output, labels)`` and ``labels(batch)``, as for
-    ``neusemslice.profile``, and a sequence ``class_names``.
+    ``test()``, a loader to score models with, ``new()``, a loader of new samples,
+    ``loss(output, labels)`` and ``labels(batch)``, as for ``neusemslice.profile``, and a sequence
+    ``class_names``.
 
     Args:
         path: of the file.
@@ -119,6 +122,24 @@ def _import(path: Path) -> ModuleType:
     except Exception as error:
         raise ValueError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
     return module
+
+
+def beginning(loader: Iterable[Any], samples: int) -> list[Any]:
+    """The first batches of a loader, as many as hold that many samples, or all.
+
+    Raises:
+        ValueError: if there is none, or none is asked for.
+    """
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}")
+    found: list[Any] = []
+    count = 0
+    for batch in loader:
+        found.append(batch)
+        count += next(unlabelled([batch], "train()")).samples
+        if count >= samples:
+            break
+    return found
 
 
 def shard(loader: Iterable[Any], rank: int, world: int) -> Iterator[Any]:

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from neusemslice import Profile, SemanticSlicing
-from neusemslice.maintain import Delta, load_tasks
+from neusemslice.maintain import Delta, Restructured, Undo, load_tasks
 from neusemslice.task import remembered
 
 TASK = """
@@ -28,6 +28,10 @@ def model():
 def train():
     torch.manual_seed(1)
     return [(torch.randn(n, 6), torch.arange(n) % 3) for n in (7, 4, 9, 2, 5)]
+
+def test():
+    torch.manual_seed(3)
+    return [(torch.randn(10, 6), torch.arange(10) % 3)]
 
 def new():
     torch.manual_seed(2)
@@ -101,6 +105,46 @@ def test_profile_then_slice(folder):
 def sliced(folder):
     for command in (("profile", "task.py", "-o", "out"), ("slice", "out")):
         assert run(folder, *command).returncode == 0
+
+
+@pytest.mark.slow
+def test_restructure(folder):
+    """What it writes is the smaller model, and the way back from it."""
+    sliced(folder)
+    planned = run(folder, "restructure", "out", "--keep", "0.5", "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    for text in ("Restructuring would keep", "neurons", "lost"):
+        assert text in planned.stdout
+    assert not (folder / "out" / "model.safetensors").exists()
+    result = run(folder, "restructure", "out", "--keep", "0.5", "--samples", "12")
+    assert result.returncode == 0, result.stderr
+    for text in ("multiply-adds", "accuracy on 10 samples", "owl", "Compensated", "undo.safe"):
+        assert text in result.stdout
+    model = remembered(folder / "out").model()
+    small = Restructured.load(folder / "out" / "model.safetensors", model)
+    assert small.report.widths == {"0": (8, 4), "2": (5, 3)}
+    shown = run(folder, "report", "out")
+    assert shown.returncode == 0, shown.stderr
+    lines = result.stdout.splitlines()
+    assert shown.stdout.splitlines() == [line for line in lines if not line.startswith("wrote")]
+    parent = Undo.load(folder / "out" / "undo.safetensors").parent(small.model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, parent.state_dict()[name])
+    (folder / "task.py").write_text(TASK.replace("def test():", "def unused():"))
+    result = run(folder, "restructure", "out", "--macs", "0.6", "--no-compensate")
+    assert result.returncode == 0, result.stderr
+    assert "accuracy" not in result.stdout
+    assert "Compensated" not in result.stdout
+    for options, message in (
+        (("--macs", "2"), "macs must lie in (0, 1], got 2.0"),
+        (("--samples", "3"), "give more samples"),
+        (("--latency", "0.5", "--dry-run"), "it has no dry run"),
+        (("--samples", "0"), "samples must be at least 1, got 0"),
+    ):
+        result = run(folder, "restructure", "out", *options)
+        assert result.returncode == 1
+        assert message in " ".join(result.stderr.split())
+        assert "Traceback" not in result.stderr
 
 
 @pytest.mark.slow
@@ -212,6 +256,7 @@ def test_ranks_give_the_profile_of_one_process(folder):
         ),
         (None, ("profile", "task.py", "--metric", "sum"), "metrics must be among"),
         (None, ("slice", "nowhere"), "profile.safetensors: no such file"),
+        (None, ("restructure", "nowhere"), "task.json: no such file"),
         (None, ("extend", "nowhere"), "task.json: no such file; neusemslice profile writes it"),
         (None, ("readapt", "nowhere"), "task.json: no such file; neusemslice profile writes it"),
     ],
@@ -227,5 +272,5 @@ def test_what_is_wrong_is_one_sentence(folder, source, command, message):
 
 def test_help_lists_the_commands(folder):
     shown = run(folder, "--help").stdout
-    for command in ("demo", "profile", "slice", "readapt", "extend"):
+    for command in ("demo", "profile", "slice", "restructure", "readapt", "extend", "report"):
         assert command in shown

@@ -1,6 +1,7 @@
 """Compensation: the closed form, and what it does for networks that lost neurons."""
 
 import copy
+import resource
 
 import pytest
 import torch
@@ -54,6 +55,34 @@ class TestValues:
         torch.testing.assert_close(small.model[2].weight.double().t(), fitted, rtol=1e-4, atol=1e-5)
         offset = t.mean(0) - mean_h @ fitted
         torch.testing.assert_close(small.model[2].bias.double(), offset, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.slow
+    def test_a_wide_layer_takes_little_more_than_its_gram(self):
+        """4,096 features left of 4,608 solve their own normal equations, in two such matrices."""
+        torch.manual_seed(0)
+        width, left = 4608, 4096
+        model = nn.Sequential(nn.Linear(48, width), nn.Tanh(), nn.Linear(width, 8)).eval()
+        data = list(torch.randn(8, 640, 48))
+        labelled = [(x[:8], torch.arange(8)) for x in data[:1]]
+        graph = nss.profile(model, labelled, metrics=("avg",)).graph
+        kept = Slice(graph, {"0": torch.arange(width) < left})
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        small = nss.restructure(model, kept, calibration=data)
+        taken = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        assert taken < 3.5 * 8 * left**2
+        refit = small.report.refits["2"]
+        assert refit.after < 0.1 * refit.before
+        # The gradient of the ridge regression is zero at what was found.
+        x = torch.cat(data)
+        with torch.no_grad():
+            h = model[:2](x).double()[:, :left]
+            t = model(x).double()
+            new, old = small.model[2].weight.double().t(), model[2].weight.double().t()[:left]
+            h, t = h - h.mean(0), t - t.mean(0)
+            ridge = RIDGE * float(h.square().mean())
+            pull = h.t() @ (t - h @ new) / len(x) - ridge * (new - old)
+            unsolved = h.t() @ (t - h @ old) / len(x)
+        assert float(pull.norm() / unsolved.norm()) < 1e-3
 
     @pytest.mark.parametrize("padding_mode", ["zeros", "reflect"])
     @pytest.mark.parametrize("layer", ["conv1d", "conv2d"])

@@ -3,6 +3,7 @@
 from neusemslice.graph.cut import cut
 from neusemslice.graph.experts import choosing_among, shares
 from neusemslice.graph.fit import misfit
+from neusemslice.graph.grow import grow, removed_indices
 from neusemslice.graph.layers import dim_of as layer_dim
 from neusemslice.graph.layers import is_transposed_linear, weight_dims
 from neusemslice.graph.model import (
@@ -35,6 +36,7 @@ __all__ = [
     "device_of",
     "evaluation",
     "fingerprint",
+    "grow",
     "is_compiled",
     "is_sharded",
     "is_transposed_linear",
@@ -42,6 +44,7 @@ __all__ = [
     "logits_of",
     "misfit",
     "multiply_adds",
+    "removed_indices",
     "reset_compiler",
     "shares",
     "smallest",

@@ -216,9 +216,10 @@ def _fit(layer: _Layer, loader: Iterable[Any]) -> Refit | None:
     assert inputs is not None
     bias = layer.module.bias
     norm = layer.norm(inputs) if bias is None else None
-    products, mean = gram.products / rows, gram.mean
+    # In place as far as it goes: of a wide layer each of these matrices is gigabytes.
+    products, mean = gram.products.div_(rows), gram.mean
     if bias is None and norm is None:
-        products = products + torch.outer(mean, mean)
+        products.addr_(mean, mean)
         mean = torch.zeros_like(mean)
     xx, xt = products[:features, :features], products[:features, features:]
     variance = products.diagonal()[features:].sum()
@@ -237,14 +238,18 @@ def _fit(layer: _Layer, loader: Iterable[Any]) -> Refit | None:
             f"it {rows} rows (samples times positions); give more samples, or compensate=False"
         )
     penalty = RIDGE * xx.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    factor, failed = torch.linalg.cholesky_ex(
-        xx + penalty * torch.eye(features, dtype=xx.dtype, device=xx.device)
-    )
+    # The transpose of a symmetric matrix is itself, and lies as LAPACK wants it: no copy is made.
+    factor = xx.clone(memory_format=torch.contiguous_format).mT
+    factor.diagonal().add_(penalty)
+    failed = torch.empty(0, dtype=torch.int32, device=xx.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
     if int(failed):
         raise RuntimeError(
             f"restructure: the normal equations of layer {layer.name} could not be solved"
         )
-    fitted = old + torch.cholesky_solve(xt - xx @ old, factor)
+    # Not by cholesky_solve, which copies the factor.
+    half = torch.linalg.solve_triangular(factor, xt - xx @ old, upper=False)
+    fitted = old + torch.linalg.solve_triangular(factor.mT, half, upper=True)
     offset = mean[features:] - mean[:features] @ fitted
     layer.set(fitted, None if bias is None and norm is None else offset, norm)
     return Refit(before, missed(fitted, offset))

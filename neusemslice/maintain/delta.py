@@ -73,8 +73,8 @@ class Delta:
                 f"Delta.between: the models must be of one structure, got {structure} and {other}"
             )
         changes, rows, bits = {}, {}, {}
-        new = _tensors(after)
-        for name, old in _tensors(before).items():
+        new = saved_tensors(after)
+        for name, old in saved_tensors(before).items():
             if old.dtype != new[name].dtype:
                 raise ValueError(
                     f"Delta.between: {name} must be of one dtype, got {old.dtype} and "
@@ -88,6 +88,11 @@ class Delta:
                 changes[name] = _Change(dim, str(old.dtype), _digest(was), _digest(now))
                 rows[name], bits[name] = differ.cpu(), (was ^ now).cpu()
         return cls(structure, changes, rows, bits)
+
+    @property
+    def structure(self) -> str:
+        """Fingerprint of the structure that both models have."""
+        return self._structure
 
     @property
     def rows(self) -> dict[str, Tensor]:
@@ -160,7 +165,7 @@ class Delta:
                 f"Delta.{verb}: the delta belongs to another model: it was made for structure "
                 f"{self._structure}, {type(model).__name__} has {found}"
             )
-        own = _tensors(model)
+        own = saved_tensors(model)
         for name, change in self._changes.items():
             if str(own[name].dtype) != change.dtype:
                 raise ValueError(
@@ -186,13 +191,31 @@ class Delta:
 
     # Files.
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
-        """Writes the delta to one file, atomically."""
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON content of a file that holds the delta."""
         tensors = {f"rows/{name}": rows for name, rows in self._rows.items()}
         tensors |= {f"bits/{name}": bits for name, bits in self._bits.items()}
         changes = {name: asdict(change) for name, change in self._changes.items()}
-        content = {"fingerprint": self._structure, "changes": changes}
-        return _files.write(path, "delta", tensors, content)
+        return tensors, {"fingerprint": self._structure, "changes": changes}
+
+    @classmethod
+    def from_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Delta:
+        """The inverse of ``to_file``.
+
+        Raises:
+            KeyError, TypeError, ValueError: if the two are not of a delta.
+        """
+        changes = {name: _Change(**change) for name, change in content["changes"].items()}
+        rows = {name: tensors[f"rows/{name}"] for name in changes}
+        bits = {name: tensors[f"bits/{name}"] for name in changes}
+        for name in changes:
+            if bits[name].dtype != torch.uint8 or len(bits[name]) != len(rows[name]):
+                raise ValueError(f"rows and bits of {name} do not fit each other")
+        return cls(str(content["fingerprint"]), changes, rows, bits)
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the delta to one file, atomically."""
+        return _files.write(path, "delta", *self.to_file())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Delta:
@@ -201,28 +224,18 @@ class Delta:
         Raises:
             FileNotFoundError, ValueError: naming the file and what is wrong with it.
         """
-
-        def build(tensors: dict[str, Tensor], content: dict[str, Any]) -> Delta:
-            changes = {name: _Change(**change) for name, change in content["changes"].items()}
-            rows = {name: tensors[f"rows/{name}"] for name in changes}
-            bits = {name: tensors[f"bits/{name}"] for name in changes}
-            for name in changes:
-                if bits[name].dtype != torch.uint8 or len(bits[name]) != len(rows[name]):
-                    raise ValueError(f"rows and bits of {name} do not fit each other")
-            return cls(str(content["fingerprint"]), changes, rows, bits)
-
-        return _files.read(path, "delta", build)
+        return _files.read(path, "delta", cls.from_file)
 
 
 def digest_of(model: nn.Module) -> str:
     """Hex digest of all that a model saves, names and bits."""
     digest = hashlib.sha256()
-    for name, tensor in _tensors(model).items():
+    for name, tensor in saved_tensors(model).items():
         digest.update(f"{name}:{tensor.dtype};{_digest(_row_bytes(tensor, 0))}".encode())
     return digest.hexdigest()[:32]
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def saved_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a model saves, by name; a tensor with several names once, by its first."""
     named: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():

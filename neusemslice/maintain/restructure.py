@@ -9,20 +9,24 @@ that are left (``maintain/compensate.py``).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from neusemslice.graph import device_of
+from neusemslice import _files
+from neusemslice.graph import Inputs, device_of
 from neusemslice.maintain.compensate import Refit
 from neusemslice.maintain.compensate import compensate as fit_layers
 from neusemslice.maintain.cost import Cost, measure
 from neusemslice.maintain.cost import latency as measure_latency
 from neusemslice.maintain.cutting import check_pruned, prune
-from neusemslice.maintain.targets import meet
+from neusemslice.maintain.pretrained import save_pretrained
+from neusemslice.maintain.saving import read_model, write_model
+from neusemslice.maintain.targets import checked_target, meet, removable
 from neusemslice.profiling import first_inputs
 from neusemslice.slicing import SemanticSlicing, Slice
 
@@ -32,7 +36,7 @@ class RestructureReport:
     """What restructuring did.
 
     Attributes:
-        before, after: cost of the model; latency is on the first calibration batch.
+        before, after: cost of the model, on samples of the first calibration batch.
         widths: per site, neurons before and after.
         kept_whole: per site that could not lose neurons, why.
         difference: largest difference between pruned and masked, before compensation, relative to
@@ -48,14 +52,81 @@ class RestructureReport:
     difference: float
     refits: dict[str, Refit]
 
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        small: nn.Module,
+        kept: Slice,
+        inputs: Inputs,
+        difference: float,
+        refits: dict[str, Refit],
+    ) -> RestructureReport:
+        """Measures a model and what was left of it on a batch."""
+        groups = [group for group in kept.graph.groups if group.kept_whole]
+        return cls(
+            before=measure(model, inputs),
+            after=measure(small, inputs),
+            widths={row.site: (row.neurons, row.kept) for row in kept.table()},
+            kept_whole={name: group.kept_whole for group in groups for name in group.sites},
+            difference=difference,
+            refits=refits,
+        )
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> RestructureReport:
+        """The inverse of ``dataclasses.asdict`` and JSON."""
+        return cls(
+            before=Cost.from_json(raw["before"]),
+            after=Cost.from_json(raw["after"]),
+            widths={name: (int(old), int(new)) for name, (old, new) in raw["widths"].items()},
+            kept_whole=dict(raw["kept_whole"]),
+            difference=float(raw["difference"]),
+            refits={name: Refit(**refit) for name, refit in raw["refits"].items()},
+        )
+
 
 @dataclass(frozen=True)
 class Restructured:
-    """The smaller model, the slice of the original that it holds, and the report."""
+    """The smaller model, the slice of the original that it holds, and the report.
+
+    The model is one of plain modules: it may be trained, compiled and exported like any other.
+    """
 
     model: nn.Module
     kept: Slice
     report: RestructureReport
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Writes the model as it is now, its slice and the report to one file, atomically."""
+        return write_model(path, self.model, self.kept, asdict(self.report))
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Saves a model of transformers as it is now, for the library's own ``from_pretrained``.
+
+        Raises:
+            TypeError: for any other model.
+            ValueError: if no configuration describes it, because its layers were cut unequally or
+                the library has no number for what was cut; names the layers.
+        """
+        return save_pretrained(self.model, self.kept, folder)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> Restructured:
+        """Reads what ``save`` wrote, in any process, bit for bit.
+
+        Args:
+            path: the file.
+            model: freshly built as the original was; a copy of it is cut to the sizes in the file
+                and takes the tensors. Its own values do not matter.
+
+        Raises:
+            FileNotFoundError, ValueError: naming the file and what is wrong with it; also for a
+                model of another structure than the original's.
+        """
+        small, kept, raw = read_model(path, model)
+        report = _files.built(path, lambda: RestructureReport.from_json(raw))
+        return cls(small, kept, report)
 
 
 def restructure(
@@ -67,14 +138,16 @@ def restructure(
     params: float | None = None,
     keep: float | None = None,
     latency: float | None = None,
-    round_to: int = 1,
+    round_to: int | None = None,
     compensate: bool = True,
 ) -> Restructured:
     """Removes the neurons outside a slice from a copy of the model.
 
     Without a target the critical slice (or the given ``Slice``) stays. With a target, every coupled
-    group keeps the same share of its neurons, the largest that meets the target, and within the
-    group those with the greatest share in the contribution to any one class.
+    group keeps the same share of its contribution to the classes, the largest that meets the
+    target, by the fewest neurons; with ``keep``, the same share of its neurons. Those of greatest
+    share in the contribution to any one class stay. ``nss.maintain.plan`` shows all that before
+    anything is cut.
 
     Args:
         model: the one that the slicing was made from; it is left as it was.
@@ -86,7 +159,8 @@ def restructure(
         latency: share of the time of a forward pass over the first calibration batch to keep at
             most, as measured on this machine while searching.
         round_to: with a target, the number of neurons that each group keeps is a multiple of this,
-            or all of them; sizes that fit the processor's registers are faster.
+            or all of them. By default that is 8 in layers of at least 16 neurons if the target is
+            ``macs`` or ``latency`` and can be met so: such layers fill the processor's registers.
         compensate: whether the layers that are left are fitted, one after the other, to what the
             whole model answers on the calibration samples, so that they make up for the neurons
             that are gone. It needs neither labels nor training, and more rows (samples times
@@ -99,19 +173,11 @@ def restructure(
         RuntimeError: if the pruned model does not answer as the masked one; the message names the
             first site that differs.
     """
-    graph = slicing.profile.graph if isinstance(slicing, SemanticSlicing) else slicing.graph
     inputs = first_inputs(calibration, "restructure", device_of(model))
     targets = {"macs": macs, "params": params, "keep": keep, "latency": latency}
-    chosen = {name: value for name, value in targets.items() if value is not None}
-    if len(chosen) > 1:
-        raise ValueError(f"restructure: give one target, got {sorted(chosen)}")
-    for name, value in chosen.items():
-        if not 0 < value <= 1:
-            raise ValueError(f"restructure: {name} must lie in (0, 1], got {value}")
-    if round_to < 1:
-        raise ValueError(f"restructure: round_to must be at least 1, got {round_to}")
+    target = checked_target("restructure", targets, round_to)
     if isinstance(slicing, Slice):
-        if chosen:
+        if target is not None:
             raise ValueError(
                 "restructure: a target needs a slicing to rank neurons by, got a Slice"
             )
@@ -119,44 +185,17 @@ def restructure(
     else:
         wanted = slicing.critical_slice()
     wanted.check_model(model)
-    if isinstance(slicing, SemanticSlicing) and chosen:
+    if isinstance(slicing, SemanticSlicing) and target is not None:
 
         def latency_left(kept: Slice) -> float:
             # The whole model right before, because a machine's speed changes with time.
             whole = measure_latency(model, inputs)
-            return measure_latency(prune(model, _removable(kept)), inputs) / whole
+            return measure_latency(prune(model, kept), inputs) / whole
 
-        wanted = meet(model, slicing, *chosen.popitem(), round_to, latency_left)
-    kept = _removable(wanted)
+        wanted = meet(model, slicing, *target, round_to, latency_left)
+    kept = removable(wanted)
     pruned = prune(model, kept)
     difference = check_pruned(model, pruned, kept, inputs)
     refits = fit_layers(model, pruned, kept, calibration) if compensate else {}
-    return Restructured(
-        pruned,
-        kept,
-        RestructureReport(
-            before=measure(model, inputs),
-            after=measure(pruned, inputs),
-            widths={s.name: (s.neurons, int(kept.mask(s.name).sum())) for s in graph.sites},
-            kept_whole={n: g.kept_whole for g in graph.groups if g.kept_whole for n in g.sites},
-            difference=difference,
-            refits=refits,
-        ),
-    )
-
-
-def _removable(wanted: Slice) -> Slice:
-    """The closed slice, with whole groups where nothing may be removed, and no site left empty."""
-    masks = wanted.closed().masks()
-    for group in wanted.graph.groups:
-        for name in group.sites:
-            if group.kept_whole:
-                masks[name] = torch.ones_like(masks[name])
-            elif not masks[name].any():
-                raise ValueError(f"restructure: no neuron of site {name} would be left")
-            elif int(masks[name].sum()) < group.least:
-                raise ValueError(
-                    f"restructure: site {name} must keep at least {group.least} neurons, as many "
-                    f"experts as each token has; {int(masks[name].sum())} would be left"
-                )
-    return Slice(wanted.graph, masks)
+    report = RestructureReport.of(model, pruned, kept, inputs, difference, refits)
+    return Restructured(pruned, kept, report)

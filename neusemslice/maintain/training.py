@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +57,10 @@ class Position:
     losses: list[float] = field(default_factory=list)
 
 
+Loss = Callable[[Inputs, Tensor, Tensor], Tensor]
+"""From a batch's inputs, logits and labels to the sum of the labelled samples' losses, a scalar."""
+
+
 class Watcher:
     """What ``fit`` tells of itself, and where it begins; this one lets it run.
 
@@ -91,9 +95,10 @@ def fit(
     moving: Collection[nn.Module] = (),
     classes: Sequence[int] | None = None,
     along: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     watcher: Watcher | None = None,
 ) -> Training:
-    """Trains what the optimizer holds, with cross-entropy; the learning rate falls linearly to 0.
+    """Trains what the optimizer holds; the learning rate falls linearly to 0.
 
     Modes and ``requires_grad`` flags are as before afterwards.
 
@@ -105,6 +110,7 @@ def fit(
         classes: the label that each output of the model stands for; by default its index.
         along: a second loader. Each batch of the first is one with a batch of this, which begins
             anew with each epoch and where it ends.
+        loss: by default cross-entropy.
         watcher: what is told of the run.
 
     Raises:
@@ -114,6 +120,11 @@ def fit(
     if epochs < 1:
         raise ValueError(f"{what}: epochs must be at least 1, got {epochs}")
     watcher = watcher or Watcher()
+
+    def cross_entropy(_: Inputs, logits: Tensor, labels: Tensor) -> Tensor:
+        return summed_cross_entropy(logits, labels, classes, what)
+
+    loss = loss or cross_entropy
     at = watcher.at
     device = device_of(model)
     # Per step where the loader knows its length, else per epoch.
@@ -135,11 +146,11 @@ def fit(
                         begin = time.perf_counter()
                     continue
                 optimizer.zero_grad()
-                loss = _backward(model, parts, device, classes, what)
+                mean = _backward(model, parts, device, loss)
                 optimizer.step()
                 if by_step:
                     scheduler.step()
-                at.summed = at.summed.to(device) + loss
+                at.summed = at.summed.to(device) + mean
                 at.batches, at.steps = number, at.steps + 1
                 at.seconds += time.perf_counter() - begin
                 watcher.stepped()
@@ -208,8 +219,7 @@ def _backward(
     model: nn.Module,
     parts: list[tuple[Inputs, Tensor]],
     device: torch.device,
-    classes: Sequence[int] | None,
-    what: str,
+    summed: Loss,
 ) -> Tensor:
     """Gradients of the mean loss over the labelled samples of all parts; returns that loss."""
     labels = [raw.to(device, non_blocking=True) for _, raw in parts]
@@ -217,17 +227,21 @@ def _backward(
     total = torch.zeros((), device=device)
     with torch.enable_grad():
         for (inputs, _), y in zip(parts, labels, strict=True):
-            logits = logits_of(inputs.to(device).run(model))
-            loss = _summed_loss(logits, y, classes, what) / count
+            inputs = inputs.to(device)
+            loss = summed(inputs, logits_of(inputs.run(model)), y) / count
             loss.backward()
             total += loss.detach()
     return total
 
 
-def _summed_loss(
+def summed_cross_entropy(
     logits: Tensor, labels: Tensor, classes: Sequence[int] | None, what: str
 ) -> Tensor:
-    """Cross-entropy, summed over the labelled samples; 0 if there is none."""
+    """Cross-entropy, summed over the labelled samples; 0 if there is none.
+
+    Raises:
+        ValueError: for a label that is none of the model's.
+    """
     known = range(logits.shape[-1]) if classes is None else classes
     targets = torch.full_like(labels, -100)
     for output, label in enumerate(known):
@@ -270,7 +284,7 @@ def score(model: nn.Module, loader: Iterable[Any], what: str) -> Score:
         for inputs, raw in batches(track(loader, f"{what}: score"), what):
             labels = raw.to(device, non_blocking=True)
             logits = logits_of(inputs.to(device).run(model))
-            loss += _summed_loss(logits, labels, None, what)
+            loss += summed_cross_entropy(logits, labels, None, what)
             right += (logits.argmax(-1) == labels).sum()
             samples += (labels != -100).sum()
     count = int(samples)

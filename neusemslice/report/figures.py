@@ -173,7 +173,7 @@ def plot_outcome(outcome: Outcome, path: Path) -> None:
         shares = [
             after.parameters / before.parameters,
             after.macs / before.macs,
-            after.latency / before.latency,
+            after.latency[64] / before.latency[64],
             outcome.tuned_bytes / outcome.full_bytes,
         ]
         labels = [

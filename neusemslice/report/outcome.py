@@ -15,7 +15,7 @@ class Outcome:
         data: name of the data.
         trained: accuracy of the model before maintenance.
         restructured: accuracy after restructuring and fine-tuning.
-        cost_before, cost_after: of restructuring; latency is of a batch of 64.
+        cost_before, cost_after: of restructuring.
         fine_tuning_epochs: after restructuring.
         shifted_before, shifted_after, shifted_full: accuracy on the shifted digits before
             re-adaptation, after it, and after full fine-tuning with the same steps.

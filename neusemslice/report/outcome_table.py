@@ -42,9 +42,9 @@ def _restructure(o: Outcome) -> list[tuple[str, ...]]:
         ("multiply-adds", f"{before.macs:,}", f"{after.macs:,}", _share(after.macs, before.macs)),
         (
             "latency of 64 images",
-            f"{before.latency * 1e3:.2f} ms",
-            f"{after.latency * 1e3:.2f} ms",
-            _share(after.latency, before.latency),
+            f"{before.latency[64] * 1e3:.2f} ms",
+            f"{after.latency[64] * 1e3:.2f} ms",
+            _share(after.latency[64], before.latency[64]),
         ),
     ]
 

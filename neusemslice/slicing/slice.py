@@ -245,9 +245,23 @@ class Slice:
 
     # Files.
 
+    def to_file(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON content of a file that holds the slice."""
+        return dict(self._words), {"graph": self.graph.to_json()}
+
+    @classmethod
+    def from_file(cls, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> Slice:
+        """The inverse of ``to_file``.
+
+        Raises:
+            KeyError, TypeError, ValueError: if the two are not of a slice.
+        """
+        graph = Graph.from_json(content["graph"])
+        return cls(graph, {s.name: bitset_unpack(tensors[s.name], s.neurons) for s in graph.sites})
+
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Writes the slice to one file, atomically."""
-        return _files.write(path, "slice", self._words, {"graph": self.graph.to_json()})
+        return _files.write(path, "slice", *self.to_file())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Slice:
@@ -260,14 +274,7 @@ class Slice:
         Raises:
             FileNotFoundError, ValueError: naming the file and what is wrong with it.
         """
-
-        def build(tensors: dict[str, Tensor], content: dict[str, Any]) -> Slice:
-            graph = Graph.from_json(content["graph"])
-            return cls(
-                graph, {s.name: bitset_unpack(tensors[s.name], s.neurons) for s in graph.sites}
-            )
-
-        found = _files.read(path, "slice", build)
+        found = _files.read(path, "slice", cls.from_file)
         if model is not None:
             try:
                 found.check_model(model)

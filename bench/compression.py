@@ -1,0 +1,268 @@
+"""How far LAMP, Global, Uniform+ and ERK compress a model, with and without slicing first.
+
+python -m bench.compression            everything, writes bench/results/compression.{md,json}; hours
+python -m bench.compression --quick    MNIST, two methods, few steps, nothing written
+
+Each iteration removes a fifth of the parameters that are left (of neurons, or of single weights)
+and fine-tunes for the same number of steps; the last model within the accuracy budget counts. The
+budget counts from the whole model, on 2,000 training images that nobody trains on. Test images are
+looked at once, after the last step.
+
+With slicing first, the model is restructured and compensated, then fine-tuned for as many steps as
+in any iteration; that is its first one. How small it is made, the same validation images decide
+before any training: the smallest share of the parameters, in steps of 0.1, whose compensated model
+is within the budget. Should fine-tuning spoil it, the next larger share is tried, and the iteration
+counts.
+
+Every finished run is kept in ``build/compression.json``: an interrupted study goes on behind it.
+The last line is one JSON object: per workload, with slicing first, `vs_without`, how many times
+higher its compression rate is than without, and `saved`, how many iterations fewer it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+import neusemslice as nss
+from bench import cifar, mnist
+from bench.report import Column, Result, Section, Target
+from bench.runs import Runs
+from bench.stream import Stream
+from neusemslice.maintain import compress, finetune, parameter_count, score
+from neusemslice.maintain.sparsity import METHODS
+
+KEPT = Path(__file__).parents[1] / "build" / "compression.json"
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+STEP = 0.2
+RATE = 1e-3
+
+COLUMNS = (
+    Column("rate", "compression ×", "number", in_summary=True),
+    Column("iterations", "iterations", "number", in_summary=True),
+    Column("accuracy", "test accuracy %", "number", in_summary=True),
+    Column("lost", "lost, points", "number"),
+    Column("vs_without", "rate, without ×", "number", in_summary=True),
+    Column("saved", "iterations fewer at the rate without", "number", in_summary=True),
+    Column("sliced", "parameters left by slicing %", "number"),
+)
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+class Shuffled:
+    """A given number of random batches in each pass."""
+
+    def __init__(self, x: Tensor, y: Tensor, size: int, batches: int) -> None:
+        self.x, self.y, self.size, self.batches = x, y, size, batches
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for _ in range(self.batches):
+            part = torch.randint(len(self.y), (self.size,), generator=self.generator)
+            yield self.x[part], self.y[part]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its images, and what a run of it may take.
+
+    Attributes:
+        training: makes a loader of so many fine-tuning batches, the same each time.
+        calibration, validation, test: batches; no image is in two of them.
+        budget: accuracy that may be lost.
+    """
+
+    name: str
+    model: nn.Module
+    training: Callable[[int], Iterable[Any]]
+    calibration: Batches
+    validation: Batches
+    test: Batches
+    budget: float
+
+
+def mnist_subject() -> Subject:
+    data = mnist.load()
+    order = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(0))
+    x, y = data.train_images[order], data.train_labels[order]
+    return Subject(
+        "LeNet-5, MNIST",
+        mnist.trained(),
+        lambda steps: Shuffled(x[2_000:], y[2_000:], 64, steps),
+        _batches(x[2_000:4_000], y[2_000:4_000]),
+        _batches(x[:2_000], y[:2_000]),
+        _batches(data.test_images, data.test_labels),
+        budget=0.01,
+    )
+
+
+def cifar_subject() -> Subject:
+    images = cifar.load("train")
+    images = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]
+    return Subject(
+        "ResNet-20, CIFAR-10",
+        cifar.trained("resnet20_cifar10_jpeg").to(memory_format=torch.channels_last),
+        lambda steps: Stream(images[2_000:], 128, steps, 0),
+        images[2_000:4_000].batches(50),
+        images[:2_000].batches(50),
+        cifar.load("test").batches(50),
+        budget=0.03,
+    )
+
+
+def _batches(x: Tensor, y: Tensor) -> Batches:
+    return list(zip(x.split(100), y.split(100), strict=True))
+
+
+class Study(Runs):
+    """All runs of one number of fine-tuning steps."""
+
+    def __init__(self, subject: Subject, steps: int, kept: Path | None) -> None:
+        super().__init__(kept)
+        self.subject, self.steps = subject, steps
+
+    @cached_property
+    def slicing(self) -> nss.SemanticSlicing:
+        return nss.slice(nss.profile(self.subject.model, self.subject.calibration))
+
+    @cached_property
+    def whole(self) -> float:
+        return score(self.subject.model, self.subject.validation, "whole").accuracy
+
+    def restructured(self, share: float) -> nn.Module:
+        """The compensated model with a share of the parameters."""
+        own = self.subject
+        return nss.restructure(
+            own.model, self.slicing, calibration=own.calibration, params=share
+        ).model
+
+    def untrained(self, share: float) -> float | None:
+        """Its accuracy on validation images; None if it cannot be made that small."""
+        try:
+            model = self.restructured(share)
+        except ValueError:
+            return None
+        return score(model, self.subject.validation, "sliced").accuracy
+
+    @cached_property
+    def sliced(self) -> tuple[nn.Module, int]:
+        """The model that compression goes on from, and the iterations that it took."""
+        least = self.whole - self.subject.budget
+        tried = 0
+        for share in SHARES:
+            key = f"{self.subject.name}, {share:g} of the parameters, untrained"
+            found = self.once(key, partial(self.untrained, share))
+            if found is None or found < least:
+                continue
+            model, tried = self.restructured(share), tried + 1
+            finetune(model, self.subject.training(self.steps), epochs=1, lr=RATE)
+            trained = score(model, self.subject.validation, "sliced").accuracy
+            if trained >= least:
+                return model, tried
+        return self.subject.model, tried
+
+    def run(self, method: Any, granularity: Any, first: bool) -> dict[str, Any]:
+        """What a run ends with, and the rates after each iteration."""
+        own = self.subject
+        begin, before = self.sliced if first else (own.model, 0)
+        found = compress(
+            begin,
+            own.training(self.steps),
+            own.validation,
+            method=method,
+            granularity=granularity,
+            step=STEP,
+            budget=own.budget,
+            accuracy=self.whole,
+            lr=RATE,
+        )
+        total, left = parameter_count(own.model), found.report.parameters
+        rates = [total / parameters for parameters in left[: found.report.iterations + 1]]
+        return {
+            "rate": rates[-1],
+            "rates": [1.0] * before + rates if first else rates,
+            "iterations": before + found.report.iterations,
+            "accuracy": 100 * score(found.model, own.test, "test").accuracy,
+            "sliced": 100 * left[0] / total if first else None,
+        }
+
+
+def study(
+    subject: Subject, steps: int, methods: tuple[Any, ...], kept: Path | None
+) -> list[Result]:
+    runs = Study(subject, steps, kept)
+    whole = runs.once(
+        f"{subject.name}, whole", lambda: 100 * score(subject.model, subject.test, "test").accuracy
+    )
+    results = [Result(f"{subject.name}: whole", {"accuracy": whole})]
+    for granularity, method in itertools.product(("neuron", "weight"), methods):
+        found = {
+            first: runs.once(
+                f"{subject.name}, {granularity}, {method}, slicing first {first}, {steps} steps",
+                partial(runs.run, method, granularity, first),
+            )
+            for first in (False, True)
+        }
+        without, sliced = found[False], found[True]
+        reached = next((i for i, r in enumerate(sliced["rates"]) if r >= without["rate"]), None)
+        for first, values in found.items():
+            shown = {**values, "lost": whole - values["accuracy"]}
+            if first:
+                shown["vs_without"] = sliced["rate"] / without["rate"]
+                shown["saved"] = None if reached is None else without["iterations"] - reached
+            name = f"{subject.name}: {granularity}s, {method}{', slicing first' * first}"
+            results.append(Result(name, {k: v for k, v in shown.items() if v is not None}))
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one model, two methods, few steps")
+    quick = parser.parse_args().quick
+    if reason := mnist.missing():
+        raise SystemExit(f"bench.compression: {reason}")
+    makes = [mnist_subject]
+    if not quick and cifar.missing() is None:
+        makes.append(cifar_subject)
+    steps = 10 if quick else 100
+    results = [
+        result
+        for make in makes
+        for result in study(
+            make(), steps, METHODS[:2] if quick else METHODS, None if quick else KEPT
+        )
+    ]
+    note = (
+        f"Each iteration removes {STEP:.0%} of the parameters that are left, then {steps} steps of "
+        f"AdamW at {RATE:g}. Budgets: 1 point on MNIST, 3 on CIFAR-10. “Iterations fewer”: how "
+        "many earlier the rate that is reached without slicing first is reached with it."
+    )
+    section = Section("compression", "Compression after slicing", note, COLUMNS, results)
+    section.show(Console())
+    if not quick:
+        target = Target(
+            "compression",
+            "Compression with and without slicing first",
+            "Rates are the whole model's parameters over those that are left.",
+            Target.this_machine().compiler,
+            Target.this_machine().about,
+        )
+        print(f"wrote {section.write(target)}")
+    print(section.summary())
+
+
+if __name__ == "__main__":
+    main()
