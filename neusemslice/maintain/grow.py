@@ -98,11 +98,14 @@ def fit_sizes(module: nn.Module) -> None:
 
 
 def _can_grow(backbone: nn.Module, site: Site) -> bool:
-    """Whether its neurons are single features of known layers, and no norm mixes them."""
+    """Whether its neurons are single features of known layers, which alone count them.
+
+    A norm that mixes them would feel the new ones.
+    """
     modules = {span.tensor.rpartition(".")[0] for span in (*site.rows, *site.columns)}
     return (
         not site.norms
-        and not site.counts
+        and all(count.module in modules for count in site.counts)
         and all(span.repeat == 1 for span in site.rows)
         and all(
             isinstance(m, (_ConvNd, nn.Linear, _BatchNorm)) or is_transposed_linear(m)
