@@ -195,6 +195,33 @@ class TestCompress:
             assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.parametrize("granularity", ["neuron", "weight"])
+def test_a_teacher_is_heard(granularity):
+    """Labels that never differ teach one class; the teacher's answers stand against them."""
+    constant = [(x, torch.zeros_like(y)) for x, y in BATCHES]
+    x = torch.cat([x for x, _ in BATCHES])
+    torch.manual_seed(1)
+    teacher = Mlp(hidden=20)
+    wanted = teacher(x).argmax(1)
+    agreed = []
+    for chosen in (None, teacher):
+        torch.manual_seed(1)
+        result = compress(
+            Mlp(hidden=20),
+            constant,
+            BATCHES,
+            method="lamp",
+            granularity=granularity,
+            step=0.5,
+            budget=1.0,
+            epochs=10,
+            lr=1e-2,
+            teacher=chosen,
+        )
+        agreed.append((result.model(x).argmax(1) == wanted).double().mean())
+    assert agreed[0] < 0.5 < 0.7 < agreed[1]
+
+
 @pytest.mark.parametrize("name", ["lenet", "residual", "padded", "depthwise", "concatenated"])
 def test_neurons_of_networks_with_coupled_ones(name):
     torch.manual_seed(1)

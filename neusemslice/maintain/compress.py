@@ -81,6 +81,7 @@ def compress(
     accuracy: float | None = None,
     epochs: int = 1,
     lr: float = 1e-3,
+    teacher: nn.Module | None = None,
 ) -> Compressed:
     """Removes neurons or weights from a copy of the model until the accuracy budget is spent.
 
@@ -96,7 +97,7 @@ def compress(
         budget: by how much the accuracy may fall, in [0, 1].
         accuracy: from where it falls; by default the model's own on ``validation``. Of a
             restructured model give that of the whole one.
-        epochs, lr: of fine-tuning in each iteration, see ``finetune``.
+        epochs, lr, teacher: of fine-tuning in each iteration, see ``finetune``.
 
     Raises:
         ValueError: for an unknown method or granularity, ``step`` outside (0, 1), ``budget`` or
@@ -139,7 +140,7 @@ def compress(
             stopped = str(end)
             break
         with _held(candidate, fewer):
-            finetune(candidate, loader, epochs=epochs, lr=lr)
+            finetune(candidate, loader, epochs=epochs, lr=lr, teacher=teacher)
         gone = sum(int((~mask).sum()) for mask in fewer.values())
         parameters.append(parameter_count(candidate) - gone)
         accuracies.append(score(candidate, validation, "compress").accuracy)
