@@ -1,4 +1,4 @@
-"""Redundancy: in which order a group's neurons go if those that stay make up for them.
+"""Redundancy: which neurons of a group can go because those that stay make up for them.
 
 A neuron that others explain linearly carries nothing of its own: compensation
 (``maintain/compensate.py``) folds it into them. So neurons go one by one, each time the one with
@@ -7,28 +7,31 @@ the least
     importance · sqrt(residual),
 
 importance being the greatest share in the contribution to any one class, and the residual the share
-of the neuron's variance that those still there do not explain. The root makes it the size of what
-is lost rather than its energy. With ``R`` the correlations of the neurons still there and
-``P = inv(R)``, the residual of neuron j is ``1 / P[j, j]`` (the variance of a Gaussian variable
-given the others; Lauritzen 1996, Graphical Models, 5.1). When neurons G go, what is left of P is
+of the neuron's variance that those still there do not explain; its root is the share of the
+neuron's size. With ``P`` the inverse of the correlations of the neurons still there, the residual
+of neuron j is ``1 / P[j, j]``: the variance given the others (Lauritzen 1996, Graphical Models,
+5.1). When neurons G go, those K that are left have the inverse
 
-    P[K, K] - P[K, G] inv(P[G, G]) P[G, K],
+    P[K, K] - P[K, G] inv(P[G, G]) P[G, K].
 
-the inverse of what is left of R. Of a neuron with several features, an attention head, the residual
-is the trace of the conditional covariance ``inv(P[j, j])``, a block now, over that of its own. A
-neuron that never changes has none and goes first; of two that are the same one goes, and the other,
-which nothing explains any more, then has all of it. A group that is read in several places has the
-greatest residual among them. Where nothing can be folded, because compensation cannot fit all that
-read the group (experts, layers called twice), or where there are not more rows than features, from
-which nothing can be told, importance alone ranks.
+Of a neuron with several features, an attention head, the residual is the trace of the conditional
+covariance, ``inv(P[j, j])`` of a block, over that of its own. A neuron that never changes has none
+and goes first; of two that are the same one goes, and the other, which nothing explains any more,
+then counts in full. A group that is read in several places has the greatest residual among them.
+Where nothing can be folded, because compensation cannot fit all that read the group (experts,
+layers called twice), and where there are not more rows than features, from which nothing can be
+told, importance alone ranks.
+
+COMPONENTS
 
 Activations are taken where compensation fits: as the group's readers read them, behind norms and
-activation functions, a row for each position, and for each real token of a text. One sweep streams
-the Grams of all groups; of wide models several do, each of as many groups as have ``TOGETHER``
-bytes of them: ``8 F²`` for ``F`` features, which is 1.6 GB of 14,336. Twice that is needed on top
-while one of them is inverted. Groups of more than ``SINGLY`` neurons lose a 64th of them at once,
-one by one among the four times as many that come first, so that duplicates do not go together.
-That, too, takes time with F³, as compensation does.
+activation functions, a row for each position, and for each real token of a text. That is no more
+work than the Gram with which each of these readers is fitted. One sweep streams the Grams of all
+groups; of wide models several sweeps do, each for as many groups as have ``TOGETHER`` bytes of
+them: ``8 F²`` of ``F`` features, 1.6 GB of 14,336. While a group is ordered there are two such
+matrices for each of its readers. Groups of more than ``SINGLY`` neurons lose a 64th of them at
+once, one by one among the four times as many that lose least, so that duplicates do not go
+together; that takes time with ``F³``, as a fit does.
 """
 
 from __future__ import annotations
@@ -86,11 +89,8 @@ def by_redundancy(
             places = [place for found in groups.values() for place in found]
             grams = _grams(model, places, loader)
             for index, found in groups.items():
-                own = [(place, grams.pop(place)) for place in found]
-                if all(int(gram.count) > place.features for place, gram in own):
-                    importance = importance_of(slicing, graph.groups[index])
-                    parts = [_correlated(place, gram) for place, gram in own]
-                    orders[index] = order(importance, parts)
+                if parts := _correlations(found, grams):
+                    orders[index] = order(importance_of(slicing, graph.groups[index]), parts)
     return orders
 
 
@@ -195,10 +195,15 @@ def _grams(model: nn.Module, places: Sequence[_Place], loader: Iterable[Any]) ->
     return grams
 
 
-def _correlated(place: _Place, gram: Gram) -> Correlated:
-    """From a Gram, which is used up."""
-    rounding = _CONSTANT * gram.count * gram.mean.square()
-    return Correlated.of(gram.products, place.each, rounding)
+def _correlations(places: Sequence[_Place], grams: dict[_Place, Gram]) -> list[Correlated]:
+    """Of a group's places, whose Grams are used up; none if there are too few rows."""
+    own = [(place, grams.pop(place)) for place in places]
+    if any(int(gram.count) <= place.features for place, gram in own):
+        return []
+    return [
+        Correlated.of(gram.products, place.each, _CONSTANT * gram.count * gram.mean.square())
+        for place, gram in own
+    ]
 
 
 @dataclass(frozen=True)
@@ -246,7 +251,7 @@ class Correlated:
     def only(self, neurons: Tensor) -> Correlated:
         """The same, of fewer of the neurons."""
         at = self._features(neurons)
-        return Correlated(self.inverse.index_select(0, at).index_select(1, at), self.each)
+        return Correlated(self.inverse[at.unsqueeze(1), at], self.each)
 
     def without(self, gone: Tensor, left: Tensor) -> Correlated:
         """After some neurons went, and these are left."""
@@ -262,31 +267,33 @@ class Correlated:
         return (neurons.unsqueeze(1) * self.each + within).flatten()
 
 
-def order(importance: Tensor, places: Sequence[Correlated]) -> Tensor:
+def order(importance: Tensor, places: list[Correlated]) -> Tensor:
     """The neurons of a group, those that go last first: int64 ``[C]``, on the CPU.
 
     Args:
         importance: float64 ``[C]``, not negative.
-        places: where the group is read, at least one.
+        places: where the group is read, at least one; used up.
     """
     importance = importance.to(places[0].inverse.device)
-    # The least important first, and of equal ones the last: so ties are solved as by importance.
-    left = importance.sort(descending=True, stable=True).indices.flip(0)
-    places = [place.only(left) for place in places]
+    left = torch.arange(len(importance), device=importance.device)
     at_once = len(left) if len(left) <= SINGLY else -(-len(left) // 64)
     went = []
     while len(left):
         gone = _leaving(importance[left], places, at_once)
         rest = _all_but(len(left), gone)
+        for i, place in enumerate(places):
+            places[i] = place.without(gone, rest)
         went.append(left[gone])
-        places = [place.without(gone, rest) for place in places]
         left = left[rest]
     return torch.cat(went).flip(0).cpu()
 
 
 def _leaving(importance: Tensor, places: Sequence[Correlated], count: int) -> Tensor:
     """The neurons that go next, in this order: ``count`` of them, or all."""
-    nearest = _scores(importance, places).sort(stable=True).indices[: 4 * count].sort().values
+    # Ties as by importance: the least important goes, and of equal ones the last.
+    weakest = importance.sort(descending=True, stable=True).indices.flip(0)
+    scores = _scores(importance, places)[weakest]
+    nearest = weakest[scores.sort(stable=True).indices[: 4 * count].sort().values]
     importance = importance[nearest]
     places = [place.only(nearest) for place in places]
     went = []
