@@ -22,7 +22,19 @@ Where nothing can be folded, because compensation cannot fit all that read the g
 layers called twice), and where there are not more rows than features, from which nothing can be
 told, importance alone ranks.
 
-COMPONENTS
+A semantic component (``slicing/components.py``) is neurons with alike shares in the classes. One
+that is redundant within its component is explained by others of it, so no worse by all that are
+kept: it goes first. Components themselves do not limit what explains, because most have one or two
+neurons in a layer. Accuracy in percent of ResNet-20 after compensation with 2,000 images, on 16,000
+other training images of CIFAR-10, at equal multiply-adds:
+
+==============================  ======  ======  ======
+inner channels removed          30 %    50 %    70 %
+==============================  ======  ======  ======
+importance alone                89.8    83.2    73.0
+explained by its component      89.8    83.3    72.8
+explained by all that are kept  90.1    83.8    73.7
+==============================  ======  ======  ======
 
 Activations are taken where compensation fits: as the group's readers read them, behind norms and
 activation functions, a row for each position, and for each real token of a text. That is no more
