@@ -11,8 +11,9 @@ chooses among the same number of settings by short runs from the first seed's ne
 images that no run trains on, by the mean accuracy of both tasks. Test images are looked at after
 the last step.
 
-A seed is finished for all methods before the next one begins, and every finished run is kept in
-``build/extension.json``: an interrupted study goes on behind it.
+Problem by problem, a seed is finished for all methods before the next one begins; results are
+written after each. Every finished run is kept in ``build/extension.json``: an interrupted study
+goes on behind it.
 """
 
 from __future__ import annotations
@@ -247,16 +248,16 @@ def main() -> None:
         {"torch": torch.__version__},
     )
     section = Section("extension", "New classes after old ones", NOTE, COLUMNS, [])
-    for last in range(1 if quick else len(SEEDS)):
-        section.results = [
-            row
-            for study in all_studies
-            for problem in study.problems
-            for row in study.results(problem, SEEDS[: last + 1])
-        ]
-        section.show(Console(width=200))
-        if not quick:
-            print(f"wrote {section.write(target)}")
+    finished: list[Result] = []
+    for study in all_studies:
+        for problem in study.problems:
+            for last in range(1 if quick else len(SEEDS)):
+                rows = study.results(problem, SEEDS[: last + 1])
+                section.results = finished + rows
+                section.show(Console(width=200))
+                if not quick:
+                    print(f"wrote {section.write(target)}")
+            finished += rows
     print(section.summary())
 
 
