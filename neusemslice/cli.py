@@ -187,7 +187,15 @@ def restructure(
         if dry_run:
             if latency is not None:
                 raise ValueError("a latency is measured on what was cut, so it has no dry run")
-            planned = plan(model, slicing, macs=macs, params=params, keep=keep, round_to=round_to)
+            planned = plan(
+                model,
+                slicing,
+                calibration=beginning(given.train(), samples) if compensate else None,
+                macs=macs,
+                params=params,
+                keep=keep,
+                round_to=round_to,
+            )
             Console().print(plan_table(planned))
             return
         result = cut_down(

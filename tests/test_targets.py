@@ -12,7 +12,7 @@ import neusemslice as nss
 from neusemslice import Slice
 from neusemslice.graph import Graph, Group, Layer, Reader, Site, Span
 from neusemslice.maintain import plan
-from neusemslice.maintain.budgets import fast_step, of_contribution, ranked
+from neusemslice.maintain.budgets import by_importance, fast_step, of_contribution, ranked
 from neusemslice.maintain.cost import sliced_cost
 from neusemslice.maintain.targets import removable
 from neusemslice.report import plan_table
@@ -30,7 +30,7 @@ def test_ranks_and_losses_by_hand():
     _, slicing = made("lenet")
     shares = torch.tensor([[0.5, 0.1, 0.1, 0.3], [0.0, 0.6, 0.2, 0.2]], dtype=torch.float64)
     slicing.shares["0"] = torch.cat([shares, torch.zeros(2, 4, dtype=torch.float64)])
-    found = ranked(slicing, 1)[slicing.profile.graph.site("0").group]
+    found = ranked(slicing, by_importance(slicing), 1)[slicing.profile.graph.site("0").group]
     assert found.order.tolist() == [1, 0, 3, 2]
     # Classes without a sample do not count; the mean of the two others.
     expected = torch.tensor([1.0, 0.65, 0.4, 0.15, 0.0], dtype=torch.float64)
@@ -40,7 +40,7 @@ def test_ranks_and_losses_by_hand():
 @pytest.mark.parametrize("level", [0.0, 0.3, 0.65, 0.85, 1.0])
 def test_groups_keep_the_fewest_neurons_for_a_share_of_the_contribution(level):
     _, slicing = made("lenet")
-    groups = ranked(slicing, 1)
+    groups = ranked(slicing, by_importance(slicing), 1)
     for group, count in zip(groups, of_contribution(groups, level), strict=True):
         kept = 1 - group.losses
         assert kept[count] >= level - 1e-12
@@ -51,7 +51,7 @@ def test_a_share_of_the_contribution_is_not_missed_by_rounding():
     _, slicing = made("lenet")
     slicing.shares["0"] = torch.full((4, 4), 0.25, dtype=torch.float64)
     slicing.shares["3"] = torch.full((4, 6), 1 / 6, dtype=torch.float64)
-    groups = ranked(slicing, 1)
+    groups = ranked(slicing, by_importance(slicing), 1)
     assert of_contribution(groups, 0.5)[:2] == (2, 3)
     assert of_contribution(groups, 5 / 6)[:2] == (4, 5)
 
@@ -59,7 +59,7 @@ def test_a_share_of_the_contribution_is_not_missed_by_rounding():
 def test_a_coupled_group_loses_what_its_most_hurt_site_loses():
     _, slicing = made("residual")
     graph = slicing.profile.graph
-    found = ranked(slicing, 1)[graph.site("conv2").group]
+    found = ranked(slicing, by_importance(slicing), 1)[graph.site("conv2").group]
     assert set(found.group.sites) == {"conv2", "outer"}
     for k in range(9):
         lost = [
@@ -119,7 +119,9 @@ def test_no_group_could_keep_a_step_more(name, target, round_to):
     graph = slicing.profile.graph
     limit = target * planned.parameters[0]
     assert planned.parameters[1] <= limit
-    for group, entry in zip(planned.groups, ranked(slicing, 1), strict=True):
+    for group, entry in zip(
+        planned.groups, ranked(slicing, by_importance(slicing), 1), strict=True
+    ):
         more = min(group.before, group.after + round_to)
         if more == group.after:
             continue

@@ -1,7 +1,8 @@
 """Budgets: how many neurons each coupled group keeps, and what goes with the others.
 
-A group's neurons are ranked by their greatest share in the contribution to any one class. What a
-group loses with all but its first ``k`` is the share of the contribution, mean over the classes
+A group's neurons are ranked by their greatest share in the contribution to any one class, or by how
+much of it the others cannot make up for (``maintain/redundancy.py``). What a group loses with all
+but its first ``k`` is the share of the contribution, mean over the classes
 that were seen, that the others have: its sensitivity, known from the profile alone. To meet a
 target all groups keep the same share of their contribution, so that none is hurt more than others:
 redundant layers give up more neurons than those in which each one counts.
@@ -27,11 +28,11 @@ _EPS = torch.finfo(torch.float64).eps
 
 @dataclass(frozen=True)
 class Ranked:
-    """A coupled group's neurons, most important first.
+    """A coupled group's neurons, those to keep first.
 
     Attributes:
         group: see ``Graph.groups``.
-        order: int64 ``[C]``; ties by index.
+        order: int64 ``[C]``.
         losses: float64 ``[C + 1]``, the share of the contribution that goes if the first ``k``
             stay; the greatest of the group's sites.
         step: the group keeps a multiple of this, or all.
@@ -47,17 +48,40 @@ class Ranked:
         return len(self.order)
 
 
-def ranked(slicing: SemanticSlicing, round_to: int | None) -> list[Ranked]:
+def ranked(
+    slicing: SemanticSlicing, orders: Sequence[Tensor], round_to: int | None
+) -> list[Ranked]:
     """Every group of the slicing's model, in the order of its graph.
 
     Args:
+        orders: of each group's neurons, those to keep first; int64 ``[C]``.
         round_to: the groups' step; with None the one that ``fast_step`` says.
     """
     graph = slicing.profile.graph
     return [
-        _ranked(slicing, group, fast_step(graph, group) if round_to is None else round_to)
-        for group in graph.groups
+        _ranked(slicing, group, order, fast_step(graph, group) if round_to is None else round_to)
+        for group, order in zip(graph.groups, orders, strict=True)
     ]
+
+
+def by_importance(slicing: SemanticSlicing) -> list[Tensor]:
+    """Each group's neurons, the most important first, ties by index: int64 ``[C]``."""
+    return [
+        importance_of(slicing, group).sort(descending=True, stable=True).indices
+        for group in slicing.profile.graph.groups
+    ]
+
+
+def importance_of(slicing: SemanticSlicing, group: Group) -> Tensor:
+    """The greatest share of a group's neurons in the contribution to any class, float64 ``[C]``."""
+    return torch.stack([slicing.importance(name) for name in _alike(slicing, group)]).amax(0)
+
+
+def _alike(slicing: SemanticSlicing, group: Group) -> list[str]:
+    """Sites of the first one's size: only a group that is kept whole can have others."""
+    graph = slicing.profile.graph
+    size = graph.site(group.sites[0]).neurons
+    return [name for name in group.sites if graph.site(name).neurons == size]
 
 
 def fast_step(graph: Graph, group: Group) -> int:
@@ -73,19 +97,14 @@ def fast_step(graph: Graph, group: Group) -> int:
     return LANES // math.gcd(LANES, *(span.repeat for span in site.rows))
 
 
-def _ranked(slicing: SemanticSlicing, group: Group, step: int) -> Ranked:
-    size = slicing.profile.graph.site(group.sites[0]).neurons
-    # Only a group that is kept whole can have sites of several sizes.
-    alike = [name for name in group.sites if slicing.profile.graph.site(name).neurons == size]
-    importance = torch.stack([slicing.importance(name) for name in alike]).amax(0)
-    order = importance.sort(descending=True, stable=True).indices
+def _ranked(slicing: SemanticSlicing, group: Group, order: Tensor, step: int) -> Ranked:
     losses = []
-    for name in alike:
+    for name in _alike(slicing, group):
         p = slicing.shares[name][:, order]
         seen = p[p.sum(1) > 0]
         kept = torch.cat([seen.new_zeros(len(seen), 1), seen.cumsum(1)], 1)
         gone = seen.sum(1, keepdim=True) - kept
-        losses.append(gone.clamp_min(0).mean(0) if len(seen) else p.new_zeros(size + 1))
+        losses.append(gone.clamp_min(0).mean(0) if len(seen) else p.new_zeros(len(order) + 1))
     return Ranked(group, order, torch.stack(losses).amax(0), step)
 
 

@@ -118,3 +118,14 @@ def capture(model: nn.Module, layer: str, inputs: Inputs) -> Seen:
         raise RuntimeError(f"the model does not call its layer {layer}")
     seen[0].stream = use.other
     return seen[0]
+
+
+def real_tokens(inputs: Inputs, x: Tensor) -> Tensor | None:
+    """Which rows of a text model's activations ``[N, T, F]`` belong to tokens that are not padding.
+
+    None if all do; bool ``[N * T]``.
+    """
+    mask = inputs.kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == x.shape[:2] and x.ndim == 3:
+        return mask.bool().flatten().to(x.device)
+    return None

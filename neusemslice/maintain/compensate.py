@@ -30,13 +30,14 @@ from torch import Tensor, nn
 
 from neusemslice._progress import track
 from neusemslice.graph import (
+    Graph,
     Inputs,
     device_of,
     evaluation,
     layer_dim,
     weight_dims,
 )
-from neusemslice.maintain.capture import Seen, capture
+from neusemslice.maintain.capture import Seen, capture, real_tokens
 from neusemslice.ops import Gram, gram_
 from neusemslice.profiling import unlabelled
 from neusemslice.slicing import Slice
@@ -83,14 +84,10 @@ def compensate(
             gone through only once.
         RuntimeError: naming the layer whose normal equations could not be solved.
     """
-    if iter(loader) is loader:
-        raise ValueError(
-            "restructure: compensation goes through the calibration once for each layer, but an "
-            "iterator is used up after one; give a list or a DataLoader, or compensate=False"
-        )
+    check_repeatable(loader)
     done: dict[str, Refit] = {}
     with evaluation(model), evaluation(small):
-        for name in track(_fittable(small, kept, loader), "restructure: compensating"):
+        for name in track(fittable(small, kept.graph, loader), "restructure: compensating"):
             fitted = _fit(_Layer(model, small, kept, name), loader)
             if fitted is not None:
                 done[name] = fitted
@@ -116,7 +113,7 @@ class _Layer:
         own = capture(self.small, self.name, inputs)
         whole = capture(self.model, self.name, inputs)
         target = self._answers(self._chosen(whole.output) + self._lost(own, whole))
-        keep = _real_tokens(inputs, own.input)
+        keep = real_tokens(inputs, own.input)
         if self.weight.ndim == 2:
             x = own.input.flatten(0, -2)
             yield (x, target) if keep is None else (x[keep], target[keep])
@@ -266,9 +263,25 @@ def _left(kept: Slice, tensor: str, dim: int, size: int) -> Tensor:
     return left.nonzero().squeeze(1)
 
 
-def _fittable(small: nn.Module, kept: Slice, loader: Iterable[Any]) -> list[str]:
-    """Names of the layers that can be fitted, in the order of the forward pass."""
-    names = {small.get_submodule(layer.name): layer.name for layer in kept.graph.layers}
+def check_repeatable(loader: Iterable[Any]) -> None:
+    """Refuses a calibration that can be gone through only once.
+
+    Raises:
+        ValueError: for an iterator.
+    """
+    if iter(loader) is loader:
+        raise ValueError(
+            "restructure: compensation goes through the calibration once for each layer, but an "
+            "iterator is used up after one; give a list or a DataLoader, or compensate=False"
+        )
+
+
+def fittable(model: nn.Module, graph: Graph, loader: Iterable[Any]) -> list[str]:
+    """Names of the layers of a model, whole or cut, that can be fitted.
+
+    In the order of the forward pass, of which two samples are needed.
+    """
+    names = {model.get_submodule(layer.name): layer.name for layer in graph.layers}
     calls: Counter[str] = Counter()
 
     def note(module: nn.Module, args: Any) -> None:
@@ -276,16 +289,16 @@ def _fittable(small: nn.Module, kept: Slice, loader: Iterable[Any]) -> list[str]
 
     handles = [module.register_forward_pre_hook(note) for module in names]
     try:
-        next(unlabelled(loader, "restructure")).head(2).to(device_of(small)).run(small)
+        next(unlabelled(loader, "restructure")).head(2).to(device_of(model)).run(model)
     finally:
         for handle in handles:
             handle.remove()
-    owners = Counter(id(p) for m in small.modules() for p in m.parameters(recurse=False))
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     plain = (nn.Linear, nn.Conv1d, nn.Conv2d)
     return [
         name
         for name, count in calls.items()
-        for module in [small.get_submodule(name)]
+        for module in [model.get_submodule(name)]
         if count == 1
         and (
             isinstance(module, plain) or (weight_dims(module) == (1, 0) and module.weight.ndim == 2)
@@ -294,11 +307,3 @@ def _fittable(small: nn.Module, kept: Slice, loader: Iterable[Any]) -> list[str]
         and "weight" in module._parameters
         and all(owners[id(p)] == 1 for p in module.parameters(recurse=False))
     ]
-
-
-def _real_tokens(inputs: Inputs, x: Tensor) -> Tensor | None:
-    """Which rows of a text model's layer belong to tokens that are not padding."""
-    mask = inputs.kwargs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape == x.shape[:2] and x.ndim == 3:
-        return mask.bool().flatten().to(x.device)
-    return None

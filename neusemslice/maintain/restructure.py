@@ -26,7 +26,7 @@ from neusemslice.maintain.cost import latency as measure_latency
 from neusemslice.maintain.cutting import check_pruned, prune
 from neusemslice.maintain.pretrained import save_pretrained
 from neusemslice.maintain.saving import read_model, write_model
-from neusemslice.maintain.targets import checked_target, meet, removable
+from neusemslice.maintain.targets import checked_target, meet, ordered, removable
 from neusemslice.profiling import first_inputs
 from neusemslice.slicing import SemanticSlicing, Slice
 
@@ -146,8 +146,9 @@ def restructure(
     Without a target the critical slice (or the given ``Slice``) stays. With a target, every coupled
     group keeps the same share of its contribution to the classes, the largest that meets the
     target, by the fewest neurons; with ``keep``, the same share of its neurons. Those of greatest
-    share in the contribution to any one class stay. ``nss.maintain.plan`` shows all that before
-    anything is cut.
+    share in the contribution to any one class stay; with compensation, those of greatest share that
+    the others cannot make up for (``maintain/redundancy.py``). ``nss.maintain.plan`` shows all that
+    before anything is cut.
 
     Args:
         model: the one that the slicing was made from; it is left as it was.
@@ -192,7 +193,8 @@ def restructure(
             whole = measure_latency(model, inputs)
             return measure_latency(prune(model, kept), inputs) / whole
 
-        wanted = meet(model, slicing, *target, round_to, latency_left)
+        orders = ordered(model, slicing, calibration if compensate else None)
+        wanted = meet(model, slicing, orders, *target, round_to, latency_left)
     kept = removable(wanted)
     pruned = prune(model, kept)
     difference = check_pruned(model, pruned, kept, inputs)

@@ -7,14 +7,16 @@ groups take steps for what is left of the target, those first that win most by o
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from neusemslice.maintain.budgets import (
     Ranked,
+    by_importance,
     kept_slice,
     of_contribution,
     of_share,
@@ -22,6 +24,7 @@ from neusemslice.maintain.budgets import (
     stepped,
 )
 from neusemslice.maintain.cost import sliced_cost
+from neusemslice.maintain.redundancy import by_redundancy
 from neusemslice.slicing import SemanticSlicing, Slice
 
 
@@ -72,17 +75,21 @@ def plan(
     model: nn.Module,
     slicing: SemanticSlicing,
     *,
+    calibration: Iterable[Any] | None = None,
     macs: float | None = None,
     params: float | None = None,
     keep: float | None = None,
     round_to: int | None = None,
 ) -> Plan:
-    """What ``restructure`` would keep for a target, group by group, without running the model.
+    """What ``restructure`` would keep for a target, group by group, without cutting anything.
 
-    The model may be on the meta device. Without a target it is the critical slice.
+    Without a target it is the critical slice.
 
     Args:
-        model: that the slicing was made from.
+        model: that the slicing was made from; without calibration it is not run, and may be on the
+            meta device.
+        calibration: what ``restructure`` is to compensate with. None for what it keeps with
+            ``compensate=False``: neurons are then ranked by importance alone, as nothing is folded.
         macs, params, keep, round_to: as for ``restructure``.
 
     Raises:
@@ -91,11 +98,12 @@ def plan(
     target = checked_target("plan", {"macs": macs, "params": params, "keep": keep}, round_to)
     slicing.critical_slice().check_model(model)
     graph = slicing.profile.graph
-    groups = ranked(slicing, 1)
+    orders = ordered(model, slicing, calibration)
+    groups = ranked(slicing, orders, 1)
     if target is None:
         kept = removable(slicing.critical_slice())
     else:
-        kept = meet(model, slicing, *target, round_to)
+        kept = meet(model, slicing, orders, *target, round_to)
     whole = Slice.whole(graph)
     before, after = sliced_cost(model, graph, whole), sliced_cost(model, graph, kept)
     plans = []
@@ -136,9 +144,26 @@ def checked_target(
     return next(iter(chosen.items()), None)
 
 
+def ordered(
+    model: nn.Module, slicing: SemanticSlicing, calibration: Iterable[Any] | None
+) -> list[Tensor]:
+    """Each group's neurons, those to keep first: int64 ``[C]``.
+
+    Args:
+        calibration: what the removed ones are folded with, or None if they are not.
+
+    Raises:
+        ValueError: as ``by_redundancy``.
+    """
+    if calibration is None:
+        return by_importance(slicing)
+    return by_redundancy(model, slicing, calibration)
+
+
 def meet(
     model: nn.Module,
     slicing: SemanticSlicing,
+    orders: Sequence[Tensor],
     name: str,
     target: float,
     round_to: int | None,
@@ -148,7 +173,8 @@ def meet(
 
     Args:
         model: that the slicing was made from.
-        slicing: ranks each group's neurons.
+        slicing: says what goes with each neuron.
+        orders: of each group's neurons, those to keep first.
         name: of the target: "macs", "params", "latency" or "keep".
         target: in (0, 1], the share to keep at most; of "keep", the share of each group's neurons.
         round_to: each group keeps a multiple of this, or all; with None, of what makes it fast if
@@ -161,10 +187,10 @@ def meet(
     rest = functools.partial(_met, model, slicing, name, target, latency_left=latency_left)
     if round_to is None and name in ("macs", "latency"):
         try:
-            return rest(ranked(slicing, None))
+            return rest(ranked(slicing, orders, None))
         except ValueError:
-            return rest(ranked(slicing, 1))
-    return rest(ranked(slicing, round_to or 1))
+            return rest(ranked(slicing, orders, 1))
+    return rest(ranked(slicing, orders, round_to or 1))
 
 
 def _met(

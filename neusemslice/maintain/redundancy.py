@@ -1,0 +1,333 @@
+"""Redundancy: which neurons of a group can go because those that stay make up for them.
+
+A neuron that others explain linearly carries nothing of its own: compensation
+(``maintain/compensate.py``) folds it into them. So neurons go one by one, each time the one with
+the least
+
+    importance · sqrt(residual),
+
+importance being the greatest share in the contribution to any one class, and the residual the share
+of the neuron's variance that those still there do not explain; its root is the share of the
+neuron's size. With ``P`` the inverse of the correlations of the neurons still there, the residual
+of neuron j is ``1 / P[j, j]``: the variance given the others (Lauritzen 1996, Graphical Models,
+5.1). When neurons G go, those K that are left have the inverse
+
+    P[K, K] - P[K, G] inv(P[G, G]) P[G, K].
+
+Of a neuron with several features, an attention head, the residual is the trace of the conditional
+covariance, ``inv(P[j, j])`` of a block, over that of its own. A neuron that never changes has none
+and goes first; of two that are the same one goes, and the other, which nothing explains any more,
+then counts in full. A group that is read in several places has the greatest residual among them.
+Where nothing can be folded, because compensation cannot fit all that read the group (experts,
+layers called twice), and where there are not more rows than features, from which nothing can be
+told, importance alone ranks.
+
+A semantic component (``slicing/components.py``) is neurons with alike shares in the classes. One
+that is redundant within its component is explained by others of it, so no worse by all that are
+kept: it goes first. Components themselves do not limit what explains, because most have one or two
+neurons in a layer. Accuracy in percent of ResNet-20 after compensation with 2,000 images, on 16,000
+other training images of CIFAR-10, at equal multiply-adds:
+
+==============================  ======  ======  ======
+inner channels removed          30 %    50 %    70 %
+==============================  ======  ======  ======
+importance alone                89.8    83.2    73.0
+explained by its component      89.8    83.3    72.8
+explained by all that are kept  90.1    83.8    73.7
+==============================  ======  ======  ======
+
+Activations are taken where compensation fits: as the group's readers read them, behind norms and
+activation functions, a row for each position, and for each real token of a text. That is no more
+work than the Gram with which each of these readers is fitted. One sweep streams the Grams of all
+groups; of wide models several sweeps do, each for as many groups as have ``TOGETHER`` bytes of
+them: ``8 F²`` of ``F`` features, 1.6 GB of 14,336. While a group is ordered there are two such
+matrices for each of its readers. Groups of more than ``SINGLY`` neurons lose a 64th of them at
+once, one by one among the four times as many that lose least, so that duplicates do not go
+together; that takes time with ``F³``, as a fit does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neusemslice._progress import track
+from neusemslice.graph import Graph, Inputs, Reader, Site, device_of, evaluation
+from neusemslice.maintain.budgets import by_importance, importance_of
+from neusemslice.maintain.capture import real_tokens
+from neusemslice.maintain.compensate import check_repeatable, fittable
+from neusemslice.ops import Gram, gram_
+from neusemslice.profiling import unlabelled
+from neusemslice.slicing import SemanticSlicing
+
+RIDGE = 1e-6
+"""Added to the variances, which are 1, so that correlations can be inverted."""
+
+TOGETHER = 2**32
+"""Bytes of Grams that are streamed in one sweep."""
+
+SINGLY = 512
+"""Neurons of a group up to which one goes at a time."""
+
+_CONSTANT = 1e-12
+"""A variance that is smaller, relative to the squared mean, is rounding."""
+
+
+@torch.no_grad()
+def by_redundancy(
+    model: nn.Module, slicing: SemanticSlicing, loader: Iterable[Any]
+) -> list[Tensor]:
+    """Each group's neurons, those that go last first: int64 ``[C]``.
+
+    Args:
+        model: that the slicing was made from; it is left as it was.
+        loader: samples, with labels or without; gone through for some groups at a time.
+
+    Raises:
+        ValueError: naming the layer, if it reads activations that are not finite; for a loader that
+            can be gone through only once, or a model on the meta device.
+    """
+    if device_of(model).type == "meta":
+        raise ValueError("restructure: a model on the meta device cannot run the calibration")
+    check_repeatable(loader)
+    orders = by_importance(slicing)
+    graph = slicing.profile.graph
+    with evaluation(model):
+        for groups in _sweeps(_foldable(model, graph, loader)):
+            places = [place for found in groups.values() for place in found]
+            grams = _grams(model, places, loader)
+            for index, found in groups.items():
+                if parts := _correlations(found, grams):
+                    orders[index] = order(importance_of(slicing, graph.groups[index]), parts)
+    return orders
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a site is read: ``neurons`` of them with ``each`` so many features and positions.
+
+    A head has several features. The pixels of an image that was flattened are positions.
+    """
+
+    neurons: int
+    each: int
+    reader: Reader
+
+    @classmethod
+    def of(cls, site: Site, reader: Reader) -> _Place:
+        single = any(span.repeat == 1 for span in site.rows)
+        return cls(site.neurons, 1 if single else reader.repeat, reader)
+
+    @property
+    def features(self) -> int:
+        return self.neurons * self.each
+
+    def rows(self, x: Tensor, keep: Tensor | None) -> Tensor:
+        """The site's part of what the reader reads, ``[R, features]``, of the rows to keep."""
+        width = self.neurons * self.reader.repeat
+        part: Tensor = x.narrow(self.reader.dim, self.reader.start, width).movedim(
+            self.reader.dim, -1
+        )
+        part = part.flatten(0, -2)
+        part = part if keep is None else part[keep]
+        # A neuron has its positions next to each other, or its features.
+        part = part.unflatten(-1, (self.neurons, -1, self.each)).movedim(2, 1)
+        return part.reshape(-1, self.features)
+
+
+def _foldable(model: nn.Module, graph: Graph, loader: Iterable[Any]) -> dict[int, list[_Place]]:
+    """Where the groups are read whose neurons compensation folds, by their number."""
+    fitted = set(fittable(model, graph, loader))
+    found = {}
+    for index, group in enumerate(graph.groups):
+        sites = [graph.site(name) for name in group.sites]
+        folding = {span.tensor.rpartition(".")[0] for site in sites for span in site.columns}
+        if not group.kept_whole and folding and folding <= fitted:
+            reading = [[r for r in site.readers if r.module in folding] for site in sites]
+            found[index] = [
+                _Place.of(site, readers[0])
+                for site, readers in zip(sites, reading, strict=True)
+                if readers
+            ]
+    return found
+
+
+def _sweeps(groups: dict[int, list[_Place]]) -> Iterator[dict[int, list[_Place]]]:
+    """The groups whose Grams are streamed together."""
+    some: dict[int, list[_Place]] = {}
+    used = 0
+    for index, places in groups.items():
+        size = sum(8 * place.features**2 for place in places)
+        if some and used + size > TOGETHER:
+            yield some
+            some, used = {}, 0
+        some[index] = places
+        used += size
+    if some:
+        yield some
+
+
+def _grams(model: nn.Module, places: Sequence[_Place], loader: Iterable[Any]) -> dict[_Place, Gram]:
+    """The Gram of what is read at each place."""
+    grams: dict[_Place, Gram] = {}
+    current = Inputs()
+
+    def reads(place: _Place) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            rows = place.rows(x, real_tokens(current, x))
+            if place not in grams:
+                grams[place] = Gram.empty(place.features, rows.device)
+            gram_(grams[place], rows)
+
+        return hook
+
+    handles = [
+        model.get_submodule(place.reader.module).register_forward_pre_hook(
+            reads(place), with_kwargs=True
+        )
+        for place in places
+    ]
+    try:
+        for inputs in track(unlabelled(loader, "restructure"), "restructure: redundancy"):
+            current = inputs.to(device_of(model))
+            current.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for place, gram in grams.items():
+        if not bool(gram.products.isfinite().all()):
+            raise ValueError(
+                f"restructure: layer {place.reader.module} sees activations that are not finite"
+            )
+    return grams
+
+
+def _correlations(places: Sequence[_Place], grams: dict[_Place, Gram]) -> list[Correlated]:
+    """Of a group's places, whose Grams are used up; none if there are too few rows."""
+    own = [(place, grams.pop(place)) for place in places]
+    if any(int(gram.count) <= place.features for place, gram in own):
+        return []
+    return [
+        Correlated.of(gram.products, place.each, _CONSTANT * gram.count * gram.mean.square())
+        for place, gram in own
+    ]
+
+
+@dataclass(frozen=True)
+class Correlated:
+    """What is left of the neurons at a place.
+
+    Attributes:
+        inverse: float64 ``[n * each, n * each]``, of their correlations; symmetric.
+        each: features of a neuron.
+    """
+
+    inverse: Tensor
+    each: int = 1
+
+    @classmethod
+    def of(cls, covariance: Tensor, each: int = 1, rounding: Tensor | float = 0.0) -> Correlated:
+        """From covariances or any multiple of them, float64 ``[n * each, n * each]``; used up.
+
+        Args:
+            rounding: float64 ``[n * each]``, up to which a feature's variance is none.
+        """
+        variance = covariance.diagonal()
+        real = torch.where(variance > rounding, variance, 0.0)
+        # Of a head, which is one neuron, the features keep their sizes relative to each other.
+        mean = real.view(-1, each).mean(1).repeat_interleave(each)
+        scale = torch.where(real > 0, mean.rsqrt(), 0.0)
+        covariance.mul_(scale).mul_(scale.unsqueeze(1)).diagonal().add_(RIDGE)
+        # In place; the transpose of a symmetric matrix is itself, and lies as LAPACK wants it.
+        factor = covariance.mT
+        failed = torch.empty(0, dtype=torch.int32, device=factor.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
+        assert not int(failed), "the ridge is far above rounding"
+        return cls(torch.cholesky_inverse(factor, out=factor), each)
+
+    def residuals(self) -> Tensor:
+        """The share of each neuron's variance that the others leave, float64 ``[n]`` in [0, 1]."""
+        if self.each == 1:
+            left = self.inverse.diagonal().reciprocal()
+        else:
+            blocks = self.inverse.unflatten(0, (-1, self.each)).unflatten(2, (-1, self.each))
+            own = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+            left = torch.linalg.inv(own).diagonal(dim1=1, dim2=2).mean(1)
+        return (left - RIDGE).clamp(0, 1)
+
+    def only(self, neurons: Tensor) -> Correlated:
+        """The same, of fewer of the neurons."""
+        at = self._features(neurons)
+        return Correlated(self.inverse[at.unsqueeze(1), at], self.each)
+
+    def without(self, gone: Tensor, left: Tensor) -> Correlated:
+        """After some neurons went, and these are left."""
+        g, k = self._features(gone), self._features(left)
+        rows = self.inverse.index_select(0, g)
+        factor = torch.linalg.cholesky(rows.index_select(1, g))
+        half = torch.linalg.solve_triangular(factor, rows.index_select(1, k), upper=False)
+        rest = self.only(left).inverse
+        return Correlated(rest.addmm_(half.mT, half, alpha=-1), self.each)
+
+    def _features(self, neurons: Tensor) -> Tensor:
+        within = torch.arange(self.each, device=neurons.device)
+        return (neurons.unsqueeze(1) * self.each + within).flatten()
+
+
+def order(importance: Tensor, places: list[Correlated]) -> Tensor:
+    """The neurons of a group, those that go last first: int64 ``[C]``, on the CPU.
+
+    Args:
+        importance: float64 ``[C]``, not negative.
+        places: where the group is read, at least one; used up.
+    """
+    importance = importance.to(places[0].inverse.device)
+    left = torch.arange(len(importance), device=importance.device)
+    at_once = len(left) if len(left) <= SINGLY else -(-len(left) // 64)
+    went = []
+    while len(left):
+        gone = _leaving(importance[left], places, at_once)
+        rest = _all_but(len(left), gone)
+        for i, place in enumerate(places):
+            places[i] = place.without(gone, rest)
+        went.append(left[gone])
+        left = left[rest]
+    return torch.cat(went).flip(0).cpu()
+
+
+def _leaving(importance: Tensor, places: Sequence[Correlated], count: int) -> Tensor:
+    """The neurons that go next, in this order: ``count`` of them, or all."""
+    # Ties as by importance: the least important goes, and of equal ones the last.
+    weakest = importance.sort(descending=True, stable=True).indices.flip(0)
+    scores = _scores(importance, places)[weakest]
+    nearest = weakest[scores.sort(stable=True).indices[: 4 * count].sort().values]
+    importance = importance[nearest]
+    places = [place.only(nearest) for place in places]
+    went = []
+    for _ in range(min(count, len(nearest))):
+        first = _scores(importance, places).argmin().view(1)
+        rest = _all_but(len(nearest), first)
+        went.append(nearest[first])
+        places = [place.without(first, rest) for place in places]
+        importance, nearest = importance[rest], nearest[rest]
+    return torch.cat(went)
+
+
+def _scores(importance: Tensor, places: Sequence[Correlated]) -> Tensor:
+    """What is lost with each neuron.
+
+    In float32, so that what differs by rounding does not: the result would depend on the number of
+    threads.
+    """
+    residual = torch.stack([place.residuals() for place in places]).amax(0)
+    return (importance * residual.sqrt()).float()
+
+
+def _all_but(count: int, gone: Tensor) -> Tensor:
+    left = torch.ones(count, dtype=torch.bool, device=gone.device)
+    return left.index_fill_(0, gone, False).nonzero().squeeze(1)
