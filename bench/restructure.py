@@ -155,11 +155,12 @@ class Study(Runs):
 
     def cut(self, method: str, removed: float, compensate: bool) -> nn.Module:
         """The network without the channels that a method finds least important."""
-        planned = plan(self.model, self.slicing, keep=1 - removed)
+        folded = self.calibration if compensate else None
+        planned = plan(self.model, self.slicing, calibration=folded, keep=1 - removed)
         kept = planned.kept
         if method == BUDGETED:
             share = planned.macs[1] / planned.macs[0]
-            kept = plan(self.model, self.slicing, macs=share, round_to=1).kept
+            kept = plan(self.model, self.slicing, calibration=folded, macs=share, round_to=1).kept
         elif method != OURS:
             order, masks = self.order(method), kept.masks()
             for layer in inner_layers(self.model):
