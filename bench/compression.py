@@ -38,7 +38,7 @@ import neusemslice as nss
 from bench import cifar, mnist
 from bench.report import Column, Result, Section, Target
 from bench.runs import Runs
-from bench.stream import Stream
+from bench.stream import Stream, random_parts
 from neusemslice.maintain import compress, finetune, parameter_count, score
 from neusemslice.maintain.sparsity import METHODS
 
@@ -108,7 +108,7 @@ def mnist_subject() -> Subject:
         _batches(x[:2_000], y[:2_000]),
         *(
             _batches(data.test_images[half], data.test_labels[half])
-            for half in _halves(len(data.test_labels))
+            for half in random_parts(len(data.test_labels), 0.5)
         ),
         budget=0.01,
     )
@@ -121,15 +121,9 @@ def cifar_subject() -> Subject:
         cifar.trained("resnet20_cifar10_jpeg").to(memory_format=torch.channels_last),
         lambda steps: Stream(images, 128, steps, 0),
         images[:2_000].batches(50),
-        *(test[half].batches(50) for half in _halves(len(test))),
+        *(test[half].batches(50) for half in random_parts(len(test), 0.5)),
         budget=0.03,
     )
-
-
-def _halves(count: int) -> tuple[Tensor, Tensor]:
-    """Of so many images, in random order."""
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    return order[: count // 2], order[count // 2 :]
 
 
 def _batches(x: Tensor, y: Tensor) -> Batches:

@@ -222,16 +222,24 @@ def driver() -> str:
 
 
 def _commit() -> str:
+    """What was measured; results that were just written make no difference."""
     if named := os.environ.get("NSS_COMMIT"):
         return named
+    head = _git("rev-parse", "--short", "HEAD")
+    others = (":(top)", ":(top,exclude)bench/results")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *others)
+    return (head or "unknown") + "-dirty" * bool(changed)
+
+
+def _git(*arguments: str) -> str:
     found = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"],
+        ["git", *arguments],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
         check=False,
     )
-    return found.stdout.strip() or "unknown"
+    return found.stdout.strip()
 
 
 def _page(target: Target, sections: dict[str, Any]) -> str:

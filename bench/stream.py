@@ -1,4 +1,4 @@
-"""Training batches of a fixed number."""
+"""Training batches of a fixed number, and images put aside."""
 
 from __future__ import annotations
 
@@ -42,3 +42,9 @@ class Stream:
                 )
             chosen, order = self.images[order[: self.size]], order[self.size :]
             yield self.prepared(chosen.pixels, self.generator), chosen.labels
+
+
+def random_parts(count: int, share: float) -> tuple[Tensor, Tensor]:
+    """Which of so many images are in a random part of this share, and in the rest."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return order[: round(share * count)], order[round(share * count) :]
