@@ -2,8 +2,10 @@ import importlib.util
 from collections.abc import Generator, Iterator
 
 import hypothesis
+import pretended
 import pytest
 import torch
+from helpers import on_device
 
 # The same examples each run, and no deadline: a shared machine's pauses are not failures.
 hypothesis.settings.register_profile("suite", deadline=None, max_examples=50, derandomize=True)
@@ -11,6 +13,8 @@ hypothesis.settings.load_profile("suite")
 
 # Tests compare with float64; convolutions of float32 round their factors to TF32 otherwise.
 torch.backends.cudnn.allow_tf32 = False
+# And what is trained twice is compared bit for bit.
+torch.backends.cudnn.deterministic = True
 
 
 def _devices() -> dict[str, str]:
@@ -30,14 +34,43 @@ def _devices() -> dict[str, str]:
 DEVICES = _devices()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "run the tests that are marked so on a pretended device, and no others"
+    parser.addoption("--pretend", action="store_true", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("pretend"):
+        pretended.pretended()
+
+
 def pytest_report_header() -> list[str]:
     return [f"device {name}: {reason or 'tested'}" for name, reason in DEVICES.items()]
 
 
-@pytest.fixture(params=[name for name, reason in DEVICES.items() if not reason])
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that a test runs on; of a package's user the models, batches stay on the CPU."""
-    return torch.device(request.param)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        names = [name for name, reason in DEVICES.items() if not reason]
+        if metafunc.config.getoption("pretend"):
+            names = [pretended.NAME]
+        metafunc.parametrize("device", names, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("pretend"):
+        items[:] = [item for item in items if item.get_closest_marker("pretended")]
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Every device that a test runs on.
+
+    The tests' networks are built there (``helpers.here``); batches of loaders stay on the CPU, as
+    those of users do.
+    """
+    place = torch.device(request.param)
+    with on_device(place):
+        yield place
 
 
 def _without_tracing(item: pytest.Item) -> Generator[None, object, object]:

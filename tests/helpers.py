@@ -2,12 +2,44 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from neusemslice import _C
+
+T = TypeVar("T")
+_device = torch.device("cpu")
+
+
+@contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Inside the block ``here`` is this device, and networks are built on it."""
+    global _device
+    before, _device = _device, device
+    try:
+        yield
+    finally:
+        _device = before
+
+
+def current_device() -> torch.device:
+    """The device that the test runs on: the CPU, unless it has the fixture ``device``."""
+    return _device
+
+
+def here(given: T) -> T:
+    """A tensor or a module on the device that the test runs on; in a dict, each of them."""
+    if isinstance(given, dict):
+        return {name: here(value) for name, value in given.items()}
+    # On a device whose tensors are a class of their own, parameters with several names stay one.
+    swap = torch.__future__.set_swap_module_params_on_conversion
+    swap(_device.type not in ("cpu", "cuda"))
+    try:
+        return given.to(_device)
+    finally:
+        swap(False)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from helpers import here
 from torch import Tensor, nn
 
 
@@ -150,10 +151,10 @@ IMAGES = {
 """Networks for images [N, 1, 8, 8] that give 4 logits."""
 
 
-def settled(model: nn.Module, *shape: int, device: torch.device | str = "cpu") -> nn.Module:
+def settled(model: nn.Module, *shape: int, device: torch.device | str | None = None) -> nn.Module:
     """The model in evaluation mode, with running statistics and biases that are not trivial.
 
-    They are the same on each device.
+    They are the same on each device; it is on the one that the test runs on by default.
     """
     model.train()
     with torch.no_grad():
@@ -162,7 +163,7 @@ def settled(model: nn.Module, *shape: int, device: torch.device | str = "cpu") -
                 parameter.add_(0.3 * torch.randn_like(parameter))
         for _ in range(3):
             model(torch.randn(16, *shape))
-    return model.eval().to(device)
+    return here(model.eval()) if device is None else model.eval().to(device)
 
 
 def images(samples: int, *shape: int, seed: int = 0) -> Tensor:

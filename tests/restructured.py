@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformer_models
+from helpers import current_device
 from models import IMAGES, Mlp, Reused, Tied, loader, settled
 from torch import nn
 
@@ -38,9 +39,16 @@ def build(name: str, seed: int = 1) -> nn.Module:
     return settled({"mlp": Mlp, "reused": Reused, "tied": Tied}[name](), 12)
 
 
-@functools.cache
 def case(name: str, *, compensate: bool = True) -> Case:
-    """The network at 60 % of each group's neurons; not to be changed."""
+    """The network at 60 % of each group's neurons; not to be changed.
+
+    It and the inputs are on the device that the test runs on.
+    """
+    return _case(name, compensate, current_device())
+
+
+@functools.cache
+def _case(name: str, compensate: bool, device: torch.device) -> Case:
     model = build(name)
     if name in TRANSFORMERS:
         batches: list[Any] = transformer_models.batches(name, 8)
@@ -51,4 +59,4 @@ def case(name: str, *, compensate: bool = True) -> Case:
         inputs = Inputs((batches[0][0],))
     slicing = nss.slice(nss.profile(model, batches), threshold=0.9)
     small = nss.restructure(model, slicing, calibration=batches, keep=0.6, compensate=compensate)
-    return Case(model, slicing, small, batches, inputs)
+    return Case(model, slicing, small, batches, inputs.to(device))

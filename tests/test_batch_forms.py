@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import Mlp, images, loader, settled
 from torch import nn
-from transformers import BatchEncoding
+from transformer_models import library
 
 import neusemslice as nss
 from neusemslice.graph import Inputs
@@ -84,9 +84,9 @@ def test_labels_of_any_type_give_the_same_bits(convert):
         lambda x, y: {"x": x, "labels": y},
         lambda x, y: {"label": y, "x": x},
         lambda x, y: UserDict(x=x, labels=y),
-        lambda x, y: BatchEncoding({"x": x, "labels": y}),
+        lambda x, y: library().BatchEncoding({"x": x, "labels": y}),
         lambda x, y: Record(y, x),
-        lambda x, y: (BatchEncoding({"x": x}), y),
+        lambda x, y: (library().BatchEncoding({"x": x}), y),
         lambda x, y: ({"x": x}, y.tolist()),
     ],
     ids=[
@@ -111,7 +111,7 @@ def test_batches_of_any_form_give_the_same_bits(form):
         lambda x, y: x,
         lambda x, y: (x,),
         lambda x, y: {"x": x},
-        lambda x, y: BatchEncoding({"x": x}),
+        lambda x, y: library().BatchEncoding({"x": x}),
     ],
     ids=["tensor", "tuple", "dict", "BatchEncoding"],
 )
@@ -149,13 +149,14 @@ class TestInputs:
     def nested(self, make):
         x, pair = make(5, 3), Named(make(5), make(()))
         return Inputs(
-            ((x, [pair, "text"]),), {"batch": BatchEncoding({"ids": make(5, 2)}), "flag": None}
+            ((x, [pair, "text"]),),
+            {"batch": library().BatchEncoding({"ids": make(5, 2)}), "flag": None},
         )
 
     def test_to_moves_every_tensor_and_keeps_the_containers(self):
         moved = self.nested(torch.zeros).to(torch.device("meta"))
         (x, (pair, text)), batch = moved.args[0], moved.kwargs["batch"]
-        assert isinstance(batch, BatchEncoding)
+        assert isinstance(batch, library().BatchEncoding)
         assert isinstance(pair, Named)
         assert (text, moved.kwargs["flag"]) == ("text", None)
         assert {t.device.type for t in (x, *pair, batch["ids"])} == {"meta"}

@@ -7,22 +7,19 @@ import warnings
 from types import SimpleNamespace
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from helpers import current_device, here
 from models import Mlp, images, loader, settled
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    Trainer,
-    TrainingArguments,
-)
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 import neusemslice as nss
-from neusemslice.profiling import LightningProfiler, TrainerProfiler
+
+pl = pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+LightningProfiler = nss.profiling.LightningProfiler
+TrainerProfiler = nss.profiling.TrainerProfiler
 
 BATCHES = loader(18, shape=(12,))
 SAMPLES = [
@@ -59,7 +56,7 @@ class Classifier(nn.Module):
         if self.failing:
             raise OSError("the model fails")
         loss = None if labels is None else F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return transformers.modeling_outputs.SequenceClassifierOutput(loss=loss, logits=logits)
 
 
 class Samples(torch.utils.data.Dataset):
@@ -86,17 +83,18 @@ def trainer(observer, folder, model=None, data=None, **arguments):
         "save_strategy": "no",
         "logging_strategy": "no",
         "disable_tqdm": True,
-        "use_cpu": True,
+        "use_cpu": current_device().type == "cpu",
     }
-    return Trainer(
+    return transformers.Trainer(
         Classifier() if model is None else model,
-        TrainingArguments(**settings | arguments),
+        transformers.TrainingArguments(**settings | arguments),
         train_dataset=Samples(),
         eval_dataset=Samples() if data is None else data,
         callbacks=[observer],
     )
 
 
+@pytest.mark.usefixtures("device")
 class TestTrainer:
     def test_evaluation_equals_a_sweep(self, tmp_path):
         observer = TrainerProfiler()
@@ -106,7 +104,7 @@ class TestTrainer:
 
     def test_a_transformer_with_padded_sequences(self, tmp_path):
         torch.manual_seed(0)
-        config = BertConfig(
+        config = transformers.BertConfig(
             vocab_size=30,
             hidden_size=8,
             num_hidden_layers=2,
@@ -115,7 +113,7 @@ class TestTrainer:
             max_position_embeddings=8,
             num_labels=3,
         )
-        model = BertForSequenceClassification(config)
+        model = here(transformers.BertForSequenceClassification(config))
         generator = torch.Generator().manual_seed(0)
         samples = [
             {
@@ -177,12 +175,12 @@ class TestTrainer:
     def test_other_calls_and_copies_of_the_model_do_not_count(self, tmp_path):
         observer = TrainerProfiler()
         own = trainer(observer, tmp_path)
-        labels = torch.zeros(3, dtype=torch.int64)
+        x, labels = here(images(3, 12)), here(torch.zeros(3, dtype=torch.int64))
         own.model.eval()
-        own.model(images(3, 12), labels=labels)
-        copy.deepcopy(own.model)(images(3, 12), labels=labels)
+        own.model(x, labels=labels)
+        copy.deepcopy(own.model)(x, labels=labels)
         own.evaluate()
-        own.model(images(3, 12), labels=labels)
+        own.model(x, labels=labels)
         assert observer.profile.samples.tolist() == [5, 5, 4, 4]
         own.evaluate()
         assert observer.profile.samples.tolist() == [5, 5, 4, 4]
@@ -249,7 +247,7 @@ class TestTrainer:
         assert observer.profile.samples.tolist() == [5, 5, 4, 4]
 
     def test_a_model_that_is_called_twice_in_a_step(self, tmp_path):
-        class Twice(Trainer):
+        class Twice(transformers.Trainer):
             def compute_loss(self, model, inputs, **options):
                 model(**inputs)
                 return super().compute_loss(model, inputs, **options)

@@ -10,6 +10,8 @@ import neusemslice as nss
 from neusemslice.maintain import capacity_left
 from neusemslice.report import capacity_table
 
+pytestmark = pytest.mark.usefixtures("device")
+
 OLD = loader(96)
 
 
@@ -41,6 +43,7 @@ class TestLeft:
         assert f"{found.free} of 20 neurons are free" in str(found)
         assert capacity_table(found).row_count == 3
 
+    @pytest.mark.pretended
     def test_of_a_task_set(self):
         model, slicing = made("lenet")
         new = [(1.3 - x, y + 4) for x, y in OLD]
@@ -62,6 +65,7 @@ class TestLeft:
 
 
 class TestCurve:
+    @pytest.mark.pretended
     def test_compensation_is_seen(self):
         model, slicing = made()
         curve = nss.capacity_curve(

@@ -15,6 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import neusemslice as nss
 from neusemslice.maintain import checkpointing
 
+pytestmark = pytest.mark.usefixtures("device")
+
 OLD = loader(60, shape=(12,))
 NEW = [(x * 1.5 + 0.7, y) for x, y in OLD]
 OPTIONS = {"budget": 0.5, "epochs": 4, "patience": 4, "lr": 1e-2}
@@ -107,6 +109,7 @@ def test_continues_with_the_same_bits(stops, kind, options, tmp_path, every_step
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.pretended
 def test_a_checkpoint_of_another_run_is_refused(tmp_path, every_step):
     path = tmp_path / "checkpoint"
     model, slicing = made()

@@ -19,6 +19,7 @@ from neusemslice.profiling import Profile
 from neusemslice.report import print_slice
 from neusemslice.slicing import SiteShare, shares
 
+pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
 GRAPH = trace(Mlp(hidden=5), Inputs((torch.zeros(2, 12),)))
 VECTORS = loader(shape=(12,))
 

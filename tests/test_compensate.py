@@ -5,7 +5,7 @@ import resource
 
 import pytest
 import torch
-from helpers import same_bits
+from helpers import here, same_bits
 from models import IMAGES, images, settled
 from torch import Tensor, nn
 from transformer_models import transformer
@@ -15,6 +15,8 @@ from neusemslice import Slice
 from neusemslice.maintain import plan
 from neusemslice.maintain.capture import capture
 from neusemslice.maintain.compensate import RIDGE
+
+pytestmark = pytest.mark.usefixtures("device")
 
 X = images(96, 1, 8, 8, seed=3)
 CALIBRATION = [(x, torch.arange(len(x)) % 4) for x in X.split(32)]
@@ -32,11 +34,11 @@ def error(model: nn.Module, whole: nn.Module, x: Tensor) -> float:
 
 
 class TestValues:
-    def test_a_linear_layer_is_ridge_regression(self, device):
+    def test_a_linear_layer_is_ridge_regression(self):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(5, 12), nn.Tanh(), nn.Linear(12, 3)).eval()
         data = [(x, torch.arange(40) % 3) for x in torch.randn(4, 40, 5)]
-        model.to(device)
+        here(model)
         slicing = nss.slice(nss.profile(model, data))
         small = nss.restructure(model, slicing, calibration=data, keep=0.5)
         model.cpu(), small.model.cpu()
@@ -125,6 +127,7 @@ class TestValues:
 
 
 class TestNetworks:
+    @pytest.mark.pretended
     @pytest.mark.parametrize("name", [name for name in IMAGES if name != "grouped"])
     def test_is_nearer_to_the_whole_on_unseen_samples(self, name):
         model, slicing = made(name)
@@ -134,7 +137,7 @@ class TestNetworks:
             nss.restructure(model, kept, calibration=CALIBRATION, compensate=c)
             for c in (False, True)
         )
-        unseen = images(64, 1, 8, 8, seed=4)
+        unseen = here(images(64, 1, 8, 8, seed=4))
         assert error(small.model, model, unseen) < 0.7 * error(cut.model, model, unseen)
         assert small.report.refits
         for name, refit in small.report.refits.items():
@@ -160,7 +163,7 @@ class TestNetworks:
         )
 
         def off(model_: nn.Module) -> float:
-            batch = {"input_ids": tokens, "attention_mask": mask}
+            batch = here({"input_ids": tokens, "attention_mask": mask})
             with torch.no_grad():
                 return float((model_(**batch).logits - model(**batch).logits).square().mean())
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from helpers import here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import IMAGES, Mlp, images, loader, settled
@@ -115,10 +116,11 @@ class TestCounts:
         assert strongest(squares, 3).tolist() == [True, True, False, True]
 
 
+@pytest.mark.usefixtures("device")
 def test_neurons_are_weighed_with_all_their_incoming_weights():
     torch.manual_seed(0)
     model = settled(IMAGES["residual"](), 1, 8, 8)
-    graph = trace(model, Inputs((images(2, 1, 8, 8),)))
+    graph = trace(model, Inputs((here(images(2, 1, 8, 8)),)))
     index = graph.site("conv2").group
     found = _neurons(model, graph, graph.groups[index])
     sites = graph.groups[index].sites
@@ -133,12 +135,13 @@ def test_neurons_are_weighed_with_all_their_incoming_weights():
     assert not found.first
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("granularity", ["neuron", "weight"])
 class TestCompress:
     def run(self, method, granularity, **options):
         torch.manual_seed(1)
-        model = Mlp(hidden=20)
+        model = here(Mlp(hidden=20))
         given = {"step": 0.3, "budget": 1.0, "epochs": 1} | options
         result = compress(model, BATCHES, BATCHES, method=method, granularity=granularity, **given)
         return model, result
@@ -185,7 +188,7 @@ class TestCompress:
 
     def test_is_the_same_twice_and_leaves_the_model_alone(self, method, granularity):
         torch.manual_seed(1)
-        before = Mlp(hidden=20).state_dict()
+        before = here(Mlp(hidden=20)).state_dict()
         model, first = self.run(method, granularity)
         _, second = self.run(method, granularity)
         assert first.report == second.report
@@ -195,19 +198,20 @@ class TestCompress:
             assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("granularity", ["neuron", "weight"])
 def test_a_teacher_is_heard(granularity):
     """Labels that never differ teach one class; the teacher's answers stand against them."""
     constant = [(x, torch.zeros_like(y)) for x, y in BATCHES]
-    x = torch.cat([x for x, _ in BATCHES])
+    x = here(torch.cat([x for x, _ in BATCHES]))
     torch.manual_seed(1)
-    teacher = Mlp(hidden=20)
+    teacher = here(Mlp(hidden=20))
     wanted = teacher(x).argmax(1)
     agreed = []
     for chosen in (None, teacher):
         torch.manual_seed(1)
         result = compress(
-            Mlp(hidden=20),
+            here(Mlp(hidden=20)),
             constant,
             BATCHES,
             method="lamp",
@@ -222,6 +226,8 @@ def test_a_teacher_is_heard(granularity):
     assert agreed[0] < 0.5 < 0.7 < agreed[1]
 
 
+@pytest.mark.pretended
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", ["lenet", "residual", "padded", "depthwise", "concatenated"])
 def test_neurons_of_networks_with_coupled_ones(name):
     torch.manual_seed(1)
@@ -229,14 +235,16 @@ def test_neurons_of_networks_with_coupled_ones(name):
     result = compress(model, IMAGE_BATCHES, IMAGE_BATCHES, budget=1.0, step=0.4)
     assert result.report.iterations >= 1
     assert parameter_count(result.model) <= 0.6 * parameter_count(model)
-    assert result.model(images(3, 1, 8, 8)).shape == (3, 4)
+    assert result.model(here(images(3, 1, 8, 8))).shape == (3, 4)
 
 
+@pytest.mark.usefixtures("device")
 def test_weights_that_modules_share_stay():
     torch.manual_seed(1)
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 12))
     model.extend([nn.ReLU(), nn.Linear(12, 9), nn.Linear(9, 4)])
     model[3].weight = model[1].weight
+    model = here(model)
     result = compress(model, BATCHES, BATCHES, granularity="weight", budget=1.0, step=0.6)
     assert list(result.masks) == ["5.weight", "6.weight"]
     assert result.model[1].weight is result.model[3].weight

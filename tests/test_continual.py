@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import here
 from models import IMAGES, images, loader, settled
 
 import neusemslice as nss
@@ -50,6 +51,8 @@ def test_refusals():
         backward_transfer(100 * R)
 
 
+@pytest.mark.pretended
+@pytest.mark.usefixtures("device")
 def test_accuracies_count_what_the_set_answers():
     old = loader(96)
     model = settled(IMAGES["lenet"](), 1, 8, 8)
@@ -62,10 +65,14 @@ def test_accuracies_count_what_the_set_answers():
     found = task_accuracies(tasks, {"new": [(x[:25], y[:25]), (x[25:], y[25:])]})["new"]
     real = y != -100
     assert found.samples == 32
-    right = tasks.task("new")(x).argmax(1) + 4 == y
+    right = tasks.task("new")(here(x)).argmax(1).cpu() + 4 == y
     assert found.given == pytest.approx(float(right[real].float().mean()))
-    assert found.inferred == pytest.approx(float((tasks(x).argmax(1) == y)[real].float().mean()))
-    assert found.chosen == pytest.approx(float((tasks.choose(x) == 1)[real].float().mean()))
+    assert found.inferred == pytest.approx(
+        float((tasks(here(x)).argmax(1).cpu() == y)[real].float().mean())
+    )
+    assert found.chosen == pytest.approx(
+        float((tasks.choose(here(x)).cpu() == 1)[real].float().mean())
+    )
     with pytest.raises(ValueError, match=r"classes of task new are \[4, 5, 6, 7\], got labels \[0"):
         task_accuracies(tasks, {"new": old})
     with pytest.raises(ValueError, match="task new has no labelled sample"):

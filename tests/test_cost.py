@@ -1,6 +1,8 @@
 """What a model costs, against what can be counted by hand."""
 
+import pytest
 import torch
+from helpers import here
 from models import lenet
 from torch import nn
 
@@ -8,9 +10,11 @@ from neusemslice.graph import Inputs
 from neusemslice.maintain import latency, measure
 from neusemslice.maintain.cost import activation_bytes
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def test_sizes_are_those_of_parameters_and_buffers():
-    model = lenet()
+    model = here(lenet())
     cost = measure(model, Inputs((torch.randn(3, 1, 8, 8),)))
     assert cost.parameters == sum(p.numel() for p in model.parameters())
     assert cost.model_bytes == sum(t.nbytes for t in model.state_dict().values())
@@ -47,6 +51,6 @@ def test_the_most_that_lives_at_once():
             return self.outer(h)
 
     x = Inputs((torch.randn(1, 4),))
-    assert activation_bytes(Chain(), x) == 4 * (4 + 8 + 8)
-    assert activation_bytes(Chain(), Inputs((torch.randn(5, 4),))) == 5 * 4 * (4 + 8 + 8)
+    assert activation_bytes(here(Chain()), x) == 4 * (4 + 8 + 8)
+    assert activation_bytes(here(Chain()), Inputs((torch.randn(5, 4),))) == 5 * 4 * (4 + 8 + 8)
     assert activation_bytes(nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True)), x) == 4 * 4

@@ -10,6 +10,8 @@ from models import IMAGES, loader, settled
 import neusemslice as nss
 from neusemslice.profiling import Estimate, estimate
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 class TestEstimate:
     def test_memory_is_that_of_the_profile(self):

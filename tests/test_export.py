@@ -2,14 +2,16 @@
 
 import copy
 
-import onnxruntime
 import pytest
 import torch
+from helpers import here
 from restructured import case
 from torch import nn
 from torch.export import Dim
 
 from neusemslice.graph import Inputs, logits_of
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def ready(name: str) -> tuple[nn.Module, Inputs]:
@@ -36,12 +38,16 @@ def test_torch_export(name):
 def test_torch_export_of_any_batch_size():
     model, inputs = ready("residual")
     program = torch.export.export(model, inputs.args, dynamic_shapes=({0: Dim("batch")},))
-    more = Inputs((torch.randn(13, 1, 8, 8),))
+    more = Inputs((here(torch.randn(13, 1, 8, 8)),))
     torch.testing.assert_close(answer(program.module(), more), answer(model, more))
 
 
 @pytest.mark.parametrize("name", ["lenet", "residual", "depthwise", "vit", "bert", "llama"])
 def test_onnx(name):
+    for module in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(module, reason=f"{module} is not installed")
+    import onnxruntime
+
     model, inputs = ready(name)
     program = torch.onnx.export(
         model, inputs.args, kwargs=dict(inputs.kwargs), dynamo=True, verbose=False
@@ -49,7 +55,7 @@ def test_onnx(name):
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
     given = [*inputs.args, *inputs.kwargs.values()]
     names = [entry.name for entry in session.get_inputs()]
-    found = session.run(None, {n: t.numpy() for n, t in zip(names, given, strict=True)})
+    found = session.run(None, {n: t.cpu().numpy() for n, t in zip(names, given, strict=True)})
     torch.testing.assert_close(
-        torch.from_numpy(found[0]), answer(model, inputs), rtol=1e-4, atol=1e-4
+        torch.from_numpy(found[0]), answer(model, inputs).cpu(), rtol=1e-4, atol=1e-4
     )

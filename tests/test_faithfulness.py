@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import here
 from models import Mlp, images, loader, settled
 from rich.console import Console
 from torch import nn
@@ -18,7 +19,7 @@ from neusemslice.profiling import METRICS
 MNIST = Path(__file__).parents[2] / "shared" / "data" / "mnist"
 
 
-def by_hand(device: torch.device | str = "cpu") -> tuple[nn.Module, nss.SemanticSlicing, list]:
+def by_hand() -> tuple[nn.Module, nss.SemanticSlicing, list]:
     """Four neurons; 0 and 1 answer for one class each, and nothing reads 2 and 3."""
     model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
     with torch.no_grad():
@@ -26,7 +27,7 @@ def by_hand(device: torch.device | str = "cpu") -> tuple[nn.Module, nss.Semantic
         model[0].bias.zero_()
         model[2].weight.copy_(torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0]]))
         model[2].bias.copy_(torch.tensor([0.1, 0.0]))
-    model.to(device)
+    here(model)
     x = torch.eye(2).repeat(3, 1)
     batches = [(x, torch.tensor([0, 1, 0, 1, 0, -100]))]
 
@@ -36,9 +37,11 @@ def by_hand(device: torch.device | str = "cpu") -> tuple[nn.Module, nss.Semantic
     return model, nss.slice(nss.profile(model, batches), score, threshold=0.6), batches
 
 
+@pytest.mark.usefixtures("device")
 class TestByHand:
-    def test_accuracies(self, device):
-        model, slicing, batches = by_hand(device)
+    @pytest.mark.pretended
+    def test_accuracies(self):
+        model, slicing, batches = by_hand()
         found = nss.faithfulness(model, slicing, batches, thresholds=(0.6, 0.9, 1.0), draws=400)
         assert found.metric == "score"
         assert found.samples.tolist() == [3, 2]
@@ -116,9 +119,9 @@ class TestByHand:
                 return self.head(self.inner(x).relu())
 
         torch.manual_seed(0)
-        model, x = Each(), images(4, 5, 12)
+        model, x = here(Each()), images(4, 5, 12)
         with torch.no_grad():
-            y = model(x).argmax(-1)
+            y = model(here(x)).argmax(-1).cpu()
         slicing = nss.slice(nss.profile(model, [(x, y)]))
         found = nss.faithfulness(model, slicing, [(x, y)], draws=1)
         assert found.samples.sum() == 20

@@ -5,9 +5,12 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import here
 from models import IMAGES, Mlp, images, loader, settled
 
 from neusemslice.maintain import finetune
+
+pytestmark = pytest.mark.usefixtures("device")
 
 BATCHES = loader(48, shape=(12,))
 
@@ -23,7 +26,7 @@ def oracle(model, teacher, epochs, lr, decay, temperature, soft):
     for step in range(total):
         for group in optimizer.param_groups:
             group["lr"] = lr * (1 - step / total)
-        x, y = BATCHES[step % len(BATCHES)]
+        x, y = (here(part) for part in BATCHES[step % len(BATCHES)])
         z = model(x.double())
         loss = F.cross_entropy(z, y)
         if teacher is not None:
@@ -37,11 +40,12 @@ def oracle(model, teacher, epochs, lr, decay, temperature, soft):
         optimizer.step()
 
 
+@pytest.mark.pretended
 @pytest.mark.parametrize("taught", [False, True])
 def test_is_the_loop_written_out(taught):
     from neusemslice.maintain.finetune import SOFT
 
-    model, teacher = Mlp().double(), Mlp(hidden=20).double()
+    model, teacher = here(Mlp().double()), here(Mlp(hidden=20).double())
     expected = copy.deepcopy(model)
     before = copy.deepcopy(teacher.state_dict())
     options = {"teacher": teacher, "temperature": 3.0} if taught else {}
@@ -57,11 +61,11 @@ def test_is_the_loop_written_out(taught):
 def test_a_teacher_is_followed_where_labels_say_nothing():
     """Its soft answers bring the model nearer to it than labels alone do."""
     teacher = settled(Mlp(), 12)
-    x = torch.cat([x for x, _ in BATCHES])
+    x = here(torch.cat([x for x, _ in BATCHES]))
     away = {}
     for taught in (None, teacher):
         torch.manual_seed(1)
-        model = Mlp()
+        model = here(Mlp())
         finetune(model, BATCHES, epochs=30, lr=0.01, teacher=taught)
         with torch.no_grad():
             away[taught] = float((model(x).softmax(1) - teacher(x).softmax(1)).abs().mean())
@@ -90,7 +94,7 @@ def test_statistics_move_and_frozen_parameters_and_modes_stay():
         ({"temperature": -1.0}, "finetune: temperature must be positive, got -1.0"),
         ({"epochs": 0}, "finetune: epochs must be at least 1, got 0"),
         (
-            {"teacher": Mlp(outputs=5)},
+            {"teacher": 5},
             r"teacher must answer in the model's shape \[7, 4\], got \[7, 5\]",
         ),
     ],
@@ -98,6 +102,8 @@ def test_statistics_move_and_frozen_parameters_and_modes_stay():
 def test_refusals(options, message):
     model = settled(Mlp(), 12)
     before = copy.deepcopy(model.state_dict())
+    if "teacher" in options:
+        options = {"teacher": here(Mlp(outputs=options["teacher"]))}
     with pytest.raises(ValueError, match=message):
         finetune(model, BATCHES, **{"epochs": 1} | options)
     for name, value in model.state_dict().items():
@@ -105,6 +111,6 @@ def test_refusals(options, message):
 
 
 def test_nothing_to_train():
-    model = Mlp().requires_grad_(False)
+    model = here(Mlp()).requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter of the model requires gradients"):
         finetune(model, [(images(4, 12), torch.arange(4))], epochs=1)

@@ -79,6 +79,7 @@ class TestNorms:
         assert [place.module for place in graph.site("conv").norms] == ["norm"]
         assert Graph.from_json(graph.to_json()) == graph
 
+    @pytest.mark.pretended
     @pytest.mark.parametrize("name", NORMS)
     def test_neurons_are_masked_before_and_after(self, name, device):
         make, units = NORMS[name]
@@ -128,6 +129,7 @@ class TestNorms:
         assert graph.norms == ()
 
 
+pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
 GROUPED = trace(Normed(nn.GroupNorm(3, 12)).eval(), Inputs((torch.randn(2, 1, 8, 8),)))
 
 

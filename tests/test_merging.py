@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers import here
 from hypothesis import given
 from hypothesis import strategies as st
 from models import IMAGES, Mlp, loader, settled
@@ -72,6 +73,7 @@ class TestMerged:
         assert merged_sets(none, torch.zeros(3), {"site": 5}, 0.5)["site"].shape == (0,)
 
 
+@pytest.mark.usefixtures("device")
 class TestSlice:
     def test_of_a_model(self):
         model = settled(IMAGES["residual"](), 1, 8, 8)
@@ -124,15 +126,17 @@ class TestSize:
         )
         assert neuron_sizes(model, graph)[coupled] == columns
 
+    @pytest.mark.pretended
+    @pytest.mark.usefixtures("device")
     def test_what_is_not_in_use_changes_nothing(self):
         model = settled(Mlp(), 12)
         slicing = nss.slice(nss.profile(model, loader(shape=(12,))), threshold=0.5)
         kept = slicing.merged_slice(model)
-        x = torch.randn(3, 12)
+        x = here(torch.randn(3, 12))
         with kept.applied(model):
             expected = model(x)
             for site in kept.graph.sites:
-                gone = (~kept.mask(site.name)).nonzero().flatten()
+                gone = here((~kept.mask(site.name)).nonzero().flatten())
                 for span in (*site.rows, *site.columns):
                     tensor = model.get_parameter(span.tensor)
                     with torch.no_grad():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import here
 from models import IMAGES, Mlp, Tokens, images, loader, settled
 from test_cli import TASK
 from torch import nn
@@ -16,6 +17,8 @@ from neusemslice.cli import app
 from neusemslice.profiling import METRICS, Profile, Profiler, deeplift, sweep
 from neusemslice.slicing import SCORES, shares
 
+pytestmark = pytest.mark.usefixtures("device")
+
 BATCHES = loader()
 VECTORS = loader(40, shape=(12,))
 
@@ -28,10 +31,11 @@ def mlp() -> nn.Module:
 def assert_same_bits(a, b):
     assert a.state_dict().keys() == b.state_dict().keys()
     for name, tensor in a.state_dict().items():
-        assert torch.equal(tensor, b.state_dict()[name]), name
+        assert torch.equal(tensor.cpu(), b.state_dict()[name].cpu()), name
 
 
 class TestDeepLift:
+    @pytest.mark.pretended
     @pytest.mark.parametrize("name", IMAGES)
     def test_equals_all_contributions_at_once(self, name):
         torch.manual_seed(0)
@@ -39,23 +43,23 @@ class TestDeepLift:
         profile = nss.profile(model, BATCHES, ("deeplift",))
         x, y = (torch.cat(parts) for parts in zip(*BATCHES, strict=True))
         modules = dict.fromkeys(site.readers[0].module for site in profile.graph.sites)
-        found = deeplift(model, x, y, modules=[*modules]).modules
+        found = deeplift(model, here(x), y, modules=[*modules]).modules
         assert profile.graph.sites
         for site in profile.graph.sites:
             reader = site.readers[0]
             part = reader.take(found[reader.module], site.neurons).movedim(reader.neuron_dim, 1)
-            pooled = part.reshape(len(y), site.neurons, -1).mean(2)
+            pooled = part.reshape(len(y), site.neurons, -1).mean(2).cpu()
             expected = reference.class_stats(pooled, y, 4)
             got = profile.lifts[site.name]
             scale = expected.mean_abs.max()
-            torch.testing.assert_close(got.mean, expected.mean, rtol=1e-4, atol=1e-5 * scale)
+            torch.testing.assert_close(got.mean.cpu(), expected.mean, rtol=1e-4, atol=1e-5 * scale)
             torch.testing.assert_close(
-                got.mean_abs.double(), expected.mean_abs, rtol=1e-4, atol=1e-5 * scale
+                got.mean_abs.cpu().double(), expected.mean_abs, rtol=1e-4, atol=1e-5 * scale
             )
 
     def test_equals_the_oracle_of_single_neurons_and_samples(self):
         model = mlp().double()
-        layers = [(m.weight.detach(), m.bias.detach()) for m in model.children()]
+        layers = [(m.weight.detach().cpu(), m.bias.detach().cpu()) for m in model.children()]
         x, y = images(9, 12).double(), torch.arange(9) % 4
         baseline = x.mean(0)
         profile = nss.profile(
@@ -70,9 +74,9 @@ class TestDeepLift:
             for k in range(4):
                 own = each[y == k]
                 got = profile.lifts[site]
-                torch.testing.assert_close(got.mean[k], own.mean(0), rtol=1e-9, atol=1e-12)
+                torch.testing.assert_close(got.mean[k].cpu(), own.mean(0), rtol=1e-9, atol=1e-12)
                 torch.testing.assert_close(
-                    got.mean_abs[k].double(), own.abs().mean(0), rtol=1e-6, atol=1e-9
+                    got.mean_abs[k].cpu().double(), own.abs().mean(0), rtol=1e-6, atol=1e-9
                 )
 
     def test_of_a_layer_sums_to_the_mean_difference_of_the_class(self):
@@ -80,10 +84,12 @@ class TestDeepLift:
         profile = nss.profile(model, VECTORS, ("deeplift",))
         x, y = (torch.cat(parts) for parts in zip(*VECTORS, strict=True))
         with torch.no_grad():
-            difference = (model(x) - model(torch.zeros(1, 12)))[torch.arange(40), y]
+            difference = (model(here(x)) - model(here(torch.zeros(1, 12)))).cpu()[
+                torch.arange(40), y
+            ]
         for lifts in profile.lifts.values():
             expected = torch.stack([difference[y == k].mean() for k in range(4)]).double()
-            torch.testing.assert_close(lifts.mean.sum(1), expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(lifts.mean.sum(1).cpu(), expected, rtol=1e-4, atol=1e-5)
 
     def test_beside_taylor_changes_neither(self):
         both = nss.profile(mlp(), VECTORS, ("avg", "taylor", "deeplift"))
@@ -93,6 +99,7 @@ class TestDeepLift:
             source = lifted if name.startswith("lifts") else taylor
             assert torch.equal(tensor, source.state_dict()[name]), name
 
+    @pytest.mark.pretended
     def test_heads_and_padding(self):
         model = transformer("bert")
         batches = text_batches("bert")
@@ -102,11 +109,11 @@ class TestDeepLift:
         for site in (heads[0], *profile.graph.sites[-2:]):
             reader, rows, labels = site.readers[0], [], []
             for batch in batches:
-                given = {k: v for k, v in batch.items() if k != "labels"}
+                given = here({k: v for k, v in batch.items() if k != "labels"})
                 found = deeplift(
                     model, given, batch["labels"], torch.tensor(3), [reader.module]
                 ).modules[reader.module]
-                part = reader.take(found, site.neurons).movedim(reader.neuron_dim, -1)
+                part = reader.take(found, site.neurons).movedim(reader.neuron_dim, -1).cpu()
                 for n, row in enumerate(part):
                     if row.ndim > 1:
                         row = row[batch["attention_mask"][n].bool()].flatten(0, -2).mean(0)
@@ -114,7 +121,7 @@ class TestDeepLift:
                 labels.append(batch["labels"])
             expected = reference.class_stats(torch.stack(rows), torch.cat(labels), 3)
             got = profile.lifts[site.name]
-            torch.testing.assert_close(got.mean, expected.mean, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(got.mean.cpu(), expected.mean, rtol=1e-4, atol=1e-6)
 
     def test_tokens_with_labels_of_their_own(self):
         class PerToken(Tokens):
@@ -123,12 +130,13 @@ class TestDeepLift:
                 return self.head(h + self.outer(F.gelu(self.inner(self.norm(h)))))
 
         torch.manual_seed(0)
-        model = PerToken().eval()
+        model = here(PerToken().eval())
         x, y = images(3, 5, 12), torch.arange(15).view(3, 5) % 4
         profile = nss.profile(model, [(x, y)], ("deeplift",), sites=["inner"])
-        found = deeplift(model, x, y, modules=["outer"]).modules["outer"]
+        found = deeplift(model, here(x), y, modules=["outer"]).modules["outer"].cpu()
         expected = reference.class_stats(found.flatten(0, 1), y.flatten(), 4)
-        torch.testing.assert_close(profile.lifts["inner"].mean, expected.mean, rtol=1e-5, atol=1e-7)
+        got = profile.lifts["inner"].mean.cpu()
+        torch.testing.assert_close(got, expected.mean, rtol=1e-5, atol=1e-7)
 
     def test_soft_labels_of_one_class_are_hard_ones(self):
         soft = [(x, F.one_hot(y, 4).float()) for x, y in VECTORS]
@@ -142,12 +150,12 @@ class TestDeepLift:
         with Profiler(model, images(2, 12), ("deeplift",)) as profiler:
             for x, y in VECTORS:
                 with profiler.batch(y), torch.inference_mode():
-                    model(x)
+                    model(here(x))
             with (
                 pytest.raises(RuntimeError, match="needs the model itself to be called"),
                 profiler.batch([0]),
             ):
-                model.second(model.first(images(1, 12)).relu())
+                model.second(model.first(here(images(1, 12))).relu())
         assert not any(m._forward_pre_hooks for m in model.modules())
         got = profiler.profile.lifts["first"]
         expected = nss.profile(model, VECTORS, ("deeplift",)).lifts["first"]
@@ -167,11 +175,11 @@ class TestDeepLift:
 
         model = settled(Writes(), 12)
         x, y = VECTORS[0]
-        expected = deeplift(model, x, y, modules=["second"]).modules["second"]
+        expected = deeplift(model, here(x), y, modules=["second"]).modules["second"].cpu()
         profiler = Profiler(model, images(2, 12), ("deeplift",))
         with profiler.batch(y):
-            model(x.clone())
-        got = profiler.profile.lifts["first"].mean[0].float()
+            model(here(x).clone())
+        got = profiler.profile.lifts["first"].mean[0].float().cpu()
         torch.testing.assert_close(got, expected[y == 0].mean(0))
 
     def test_what_has_no_rule_is_refused(self):
@@ -180,7 +188,7 @@ class TestDeepLift:
                 return super().forward(x).sort(1).values
 
         with pytest.raises(NotImplementedError, match=r"deeplift: sort in the model itself"):
-            nss.profile(Sorted(), VECTORS, ("deeplift",))
+            nss.profile(here(Sorted()), VECTORS, ("deeplift",))
 
     def test_survives_files_merging_and_interruption(self, tmp_path, monkeypatch):
         metrics = ("taylor", "deeplift")
@@ -205,6 +213,7 @@ class TestDeepLift:
 
 
 class TestBaselines:
+    @pytest.mark.pretended
     def test_the_mean_is_that_of_all_samples(self):
         mean = torch.cat([x for x, _ in VECTORS]).double().mean(0).float()
         a = nss.profile(mlp(), VECTORS, ("deeplift",), baseline="mean")
@@ -240,13 +249,13 @@ class TestScores:
     def test_deeplift_and_ens_by_hand(self):
         profile = self.profile()
         mean_abs = profile.lifts["first"].mean_abs
-        assert torch.equal(SCORES["deeplift"](profile, "first"), mean_abs.double())
+        assert torch.equal(SCORES["deeplift"](profile, "first").cpu(), mean_abs.double().cpu())
         each = [shares(SCORES[metric](profile, "first")) for metric in METRICS]
         ens = SCORES["ens"](profile, "first")
         torch.testing.assert_close(ens, sum(each) / 4, rtol=1e-15, atol=0)
-        torch.testing.assert_close(ens.sum(1), torch.ones(4, dtype=torch.float64))
+        torch.testing.assert_close(ens.sum(1).cpu(), torch.ones(4, dtype=torch.float64))
         slicing = nss.slice(profile, metric="ens", threshold=0.8)
-        assert torch.equal(slicing.shares["first"], shares(ens))
+        assert torch.equal(slicing.shares["first"], shares(ens).cpu())
         assert slicing.metric == "ens"
 
     def test_a_function_of_ones_own(self, tmp_path):
@@ -254,7 +263,7 @@ class TestScores:
             return profile.activations[site].active
 
         slicing = nss.slice(self.profile(), metric=firing, threshold=0.7)
-        active = slicing.profile.activations["first"].active.double()
+        active = slicing.profile.activations["first"].active.double().cpu()
         assert torch.equal(slicing.shares["first"], shares(active))
         read = nss.SemanticSlicing.load(slicing.save(tmp_path / "slice"))
         assert read.metric == "firing"

@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 import transformer_models
+from helpers import here
 from restructured import case
 
 import neusemslice as nss
 from neusemslice import Slice
 from neusemslice.graph import logits_of
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def made(name, whole=(), **options):
@@ -28,7 +31,7 @@ def made(name, whole=(), **options):
 
 def answer(model, name):
     with torch.no_grad():
-        return logits_of(model.eval()(**transformer_models.batch(name, 4, seed=99)))
+        return logits_of(model.eval()(**here(transformer_models.batch(name, 4, seed=99))))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +53,7 @@ def test_from_pretrained_gives_the_same_bits(tmp_path, name, whole, changed):
     assert small.model.config.to_dict() == before
     config = json.loads((folder / "config.json").read_text())
     assert changed.items() <= config.items()
-    found = type(small.model).from_pretrained(folder)
+    found = here(type(small.model).from_pretrained(folder))
     assert torch.equal(answer(found, name), answer(small.model, name))
     tensors = small.model.state_dict()
     assert found.state_dict().keys() == tensors.keys()

@@ -5,12 +5,15 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import here
 from models import IMAGES, Mlp, Reused, loader, settled
 from torch import nn
 
 import neusemslice as nss
 from neusemslice import reference
 from neusemslice.profiling import Profile
+
+pytestmark = pytest.mark.usefixtures("device")
 
 BATCHES = loader()
 VECTORS = loader(shape=(12,))
@@ -36,9 +39,10 @@ def everything(model, batches):
     return {name: inputs[m] for name, m in named.items() if m in inputs}, y
 
 
+@pytest.mark.pretended
 @pytest.mark.parametrize("name", IMAGES)
-def test_equals_all_activations_at_once(name, device):
-    model = settled(IMAGES[name](), 1, 8, 8, device=device)
+def test_equals_all_activations_at_once(name):
+    model = settled(IMAGES[name](), 1, 8, 8)
     profile = nss.profile(model, BATCHES, metrics=("avg", "var", "taylor"))
     tensors, y = everything(copy.deepcopy(model).cpu(), BATCHES)
     assert profile.graph.sites
@@ -69,15 +73,15 @@ def test_a_stream_equals_one_batch_in_float64(dtype, rtol):
     model = settled(Mlp(), 12).to(dtype)
     batches = [(x.to(dtype), y) for x, y in VECTORS]
     x, y = torch.cat([b[0] for b in batches]), torch.cat([b[1] for b in batches])
-    hidden = {"first": model.first(x).relu()}
+    hidden = {"first": model.first(here(x)).relu()}
     hidden["second"] = model.second(hidden["first"]).relu()
     profile = nss.profile(model, batches, ("avg", "var"))
     for name, a in hidden.items():
-        expected = reference.class_stats(a.detach(), y, 4)
+        expected = reference.class_stats(a.detach().cpu(), y, 4)
         for statistic, tensor in profile.activations[name].tensors().items():
             if statistic != "nonfinite":
                 torch.testing.assert_close(
-                    tensor.double(), getattr(expected, statistic), rtol=rtol, atol=rtol * 0.1
+                    tensor.double().cpu(), getattr(expected, statistic), rtol=rtol, atol=rtol * 0.1
                 )
 
 
@@ -86,11 +90,13 @@ def test_a_mean_far_from_zero():
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(5))
         model[0].bias.fill_(10_000)
+    here(model)
     x, y = torch.randn(4000, 5), torch.arange(4000) % 2
     profile = nss.profile(model, zip(x.split(64), y.split(64), strict=True), ("var",))
-    a = model[0](x).detach().double()
+    a = model[0](here(x)).detach().double().cpu()
     expected = torch.stack([a[y == k].var(0, correction=0) for k in range(2)])
-    torch.testing.assert_close(profile.activations["0"].variance(), expected, rtol=1e-3, atol=0)
+    found = profile.activations["0"].variance().cpu()
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 
 
 def test_an_absent_class_and_one_of_a_single_sample():
@@ -98,7 +104,7 @@ def test_an_absent_class_and_one_of_a_single_sample():
     profile = nss.profile(model, [(x, [0, 2, 0])])
     stats = profile.activations["first"]
     assert profile.samples.tolist() == [2, 0, 1, 0]
-    hidden = model.first(x).relu().detach()
+    hidden = model.first(here(x)).relu().detach()
     torch.testing.assert_close(stats.mean[2].float(), hidden[1])
     assert (stats.variance()[1:] == 0).all()
     assert (stats.mean[[1, 3]] == 0).all()
@@ -231,7 +237,7 @@ class TestFile:
         for part in ("activations", "contributions"):
             for site, stats in getattr(profile, part).items():
                 for name, tensor in stats.tensors().items():
-                    assert torch.equal(getattr(loaded, part)[site].tensors()[name], tensor)
+                    assert torch.equal(getattr(loaded, part)[site].tensors()[name], tensor.cpu())
 
     def test_a_tensor_of_another_shape_is_refused(self, tmp_path):
         from neusemslice import _files

@@ -5,17 +5,20 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import current_device, here
 from models import Mlp, Residual, Tokens, images, loader, settled
 
 import neusemslice as nss
 from neusemslice import Profiler, reference
 
+pytestmark = pytest.mark.usefixtures("device")
+
 BATCHES = loader(24, shape=(12,))
 
 
-def profiled(batches=BATCHES, device="cpu", **options):
+def profiled(batches=BATCHES, **options):
     torch.manual_seed(0)
-    return nss.profile(settled(Mlp(), 12, device=device), batches, **options)
+    return nss.profile(settled(Mlp(), 12), batches, **options)
 
 
 def assert_close(a, b, rtol=1e-6):
@@ -30,27 +33,27 @@ def assert_same_bits(a, b):
 
 
 class TestOwnLoop:
-    def run(self, metrics=("avg",), device="cpu"):
+    def run(self, metrics=("avg",)):
         torch.manual_seed(0)
-        model = settled(Mlp(), 12, device=device)
+        model = settled(Mlp(), 12)
         with Profiler(model, BATCHES[0][0][:2], metrics) as profiler:
             for x, y in BATCHES:
                 with profiler.batch(y):
-                    x, y = x.to(device), y.to(device)
-                    loss = F.cross_entropy(model(x), y, reduction="sum")
+                    loss = F.cross_entropy(model(here(x)), here(y), reduction="sum")
                     if "taylor" in metrics:
                         loss.backward()
         return profiler.profile
 
+    @pytest.mark.pretended
     @pytest.mark.parametrize("metrics", [("avg",), ("avg", "taylor")])
-    def test_equals_the_one_call(self, metrics, device):
-        assert_same_bits(self.run(metrics, device), profiled(metrics=metrics, device=device))
+    def test_equals_the_one_call(self, metrics):
+        assert_same_bits(self.run(metrics), profiled(metrics=metrics))
 
     def test_a_batch_alone_brings_its_hooks_and_takes_them_away(self):
         model = settled(Mlp(), 12)
         profiler = Profiler(model, images(2, 12))
         with profiler.batch([0, 1]):
-            model(images(2, 12))
+            model(here(images(2, 12)))
         assert profiler.profile.samples.tolist() == [1, 1, 0, 0]
         with pytest.raises(RuntimeError, match="stop"), profiler.batch([0, 1]):
             raise RuntimeError("stop")
@@ -59,7 +62,7 @@ class TestOwnLoop:
     def test_forward_passes_outside_a_batch_are_not_observed(self):
         model = settled(Mlp(), 12)
         with Profiler(model, images(2, 12)) as profiler:
-            model(images(5, 12))
+            model(here(images(5, 12)))
         assert profiler.profile.samples.sum() == 0
 
     def test_taylor_needs_its_backward_pass_and_gradients(self):
@@ -69,20 +72,20 @@ class TestOwnLoop:
                 pytest.raises(ValueError, match="needs a backward pass within the batch's block"),
                 profiler.batch([0, 1]),
             ):
-                model(images(2, 12))
+                model(here(images(2, 12)))
             with (
                 torch.no_grad(),
                 pytest.raises(ValueError, match="needs gradients, but head, second ran without"),
                 profiler.batch([0, 1]),
             ):
-                model(images(2, 12))
+                model(here(images(2, 12)))
 
-    def test_weights(self, device):
-        model = settled(Mlp(), 12, device=device)
+    def test_weights(self):
+        model = settled(Mlp(), 12)
         x, y, w = images(9, 12), torch.arange(9) % 4, torch.rand(9)
         profiler = Profiler(model, x[:2])
         with profiler.batch(y, weights=w):
-            model(x.to(device))
+            model(here(x))
         hidden = model.cpu().first(x).relu().detach()
         expected = reference.class_stats(hidden, y, 4, weight=w)
         torch.testing.assert_close(
@@ -97,7 +100,7 @@ class TestOwnLoop:
 
 class TestSites:
     def test_are_listed_before_the_run(self):
-        profiler = Profiler(Residual(), images(2, 1, 8, 8))
+        profiler = Profiler(here(Residual()), images(2, 1, 8, 8))
         assert profiler.graph.sites[0].name == "stem"
 
     def test_chosen_by_pattern(self):
@@ -132,24 +135,26 @@ class TestTokens:
         return settled(Tokens(), 5, 12)
 
     def inner(self, model, x):
-        h = model.embed(x)
-        return F.gelu(model.inner(model.norm(h))).detach()
+        h = model.embed(here(x))
+        return F.gelu(model.inner(model.norm(h))).detach().cpu()
 
+    @pytest.mark.pretended
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_padding_does_not_change_the_statistics(self, side):
         model, x, y = self.model(), images(6, 5, 12), torch.arange(6) % 4
         profiler = Profiler(model, x[:2], sites=["inner"])
         with profiler.batch(y):
-            model(x)
+            model(here(x))
         padding = torch.full((6, 3, 12), 9.0)
         parts = [x, padding] if side == "right" else [padding, x]
         real = torch.ones(6, 5, dtype=torch.bool), torch.zeros(6, 3, dtype=torch.bool)
         mask = torch.cat(real if side == "right" else real[::-1], 1)
         padded = Profiler(model, x[:2], sites=["inner"])
         with padded.batch(y, mask=mask):
-            model(torch.cat(parts, 1))
+            model(here(torch.cat(parts, 1)))
         assert_close(profiler.profile, padded.profile, rtol=1e-5)
 
+    @pytest.mark.pretended
     def test_a_label_per_token(self):
         model, x = self.model(), images(6, 5, 12)
         y = torch.arange(30).view(6, 5) % 4
@@ -158,13 +163,13 @@ class TestTokens:
         mask = torch.ones(6, 5, dtype=torch.bool)
         mask[2, 3] = False
         with profiler.batch(y, mask=mask):
-            model(x)
+            model(here(x))
         expected = reference.class_stats(
             self.inner(model, x).flatten(0, 1), y.masked_fill(~mask, -100).flatten(), 4
         )
         got = profiler.profile.activations["inner"]
-        torch.testing.assert_close(got.count, expected.count)
-        torch.testing.assert_close(got.mean, expected.mean, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got.count.cpu(), expected.count)
+        torch.testing.assert_close(got.mean.cpu(), expected.mean, rtol=1e-5, atol=1e-7)
 
     def test_an_attention_mask_in_a_mapping_is_used(self):
         class Masked(Tokens):
@@ -179,7 +184,7 @@ class TestTokens:
         profile = nss.profile(model, [batch], sites=["inner"])
         expected = reference.class_stats(self.inner(model, x), y, 4, mask=mask, neuron_dim=-1)
         got = profile.activations["inner"]
-        torch.testing.assert_close(got.mean, expected.mean, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(got.mean.cpu(), expected.mean, rtol=1e-5, atol=1e-7)
 
     @pytest.mark.parametrize(
         ("labels", "mask", "message"),
@@ -202,7 +207,7 @@ class TestTokens:
         model, x = self.model(), images(6, 5, 12)
         profiler = Profiler(model, x[:2], sites=["inner"])
         with pytest.raises((ValueError, TypeError), match=message), profiler.batch(labels, mask):
-            model(x)
+            model(here(x))
 
 
 class TestCompiled:
@@ -210,12 +215,12 @@ class TestCompiled:
         model, x, y = settled(Residual(), 1, 8, 8), images(8, 1, 8, 8), torch.arange(8) % 4
         eager = Profiler(model, x[:2])
         with eager.batch(y):
-            model(x)
+            model(here(x))
         with Profiler(model, x[:2]) as profiler:
             compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
             for _ in range(2):
                 with profiler.batch(y):
-                    compiled(x)
+                    compiled(here(x))
         total = eager.profile + eager.profile
         assert_close(profiler.profile, total)
         torch.compiler.reset()
@@ -223,21 +228,21 @@ class TestCompiled:
     def test_a_model_compiled_before_is_observed_too(self):
         model, x, y = settled(Mlp(), 12), images(8, 12), torch.arange(8) % 4
         model.compile(backend="aot_eager")
-        model(x)
+        model(here(x))
         profiler = Profiler(model, x[:2])
         with profiler.batch(y):
-            model(x)
+            model(here(x))
         assert profiler.profile.samples.tolist() == [2, 2, 2, 2]
         torch.compiler.reset()
 
     def test_autocast(self):
         model, x, y = settled(Mlp(), 12), images(8, 12), torch.arange(8) % 4
         profiler = Profiler(model, x[:2])
-        with profiler.batch(y), torch.autocast("cpu", dtype=torch.bfloat16):
-            model(x)
+        with profiler.batch(y), torch.autocast(current_device().type, dtype=torch.bfloat16):
+            model(here(x))
         plain = Profiler(model, x[:2])
         with plain.batch(y):
-            model(x)
+            model(here(x))
         a = profiler.profile.activations["first"].mean
         b = plain.profile.activations["first"].mean
         assert (a - b).abs().max() < 2e-2 * b.abs().max()

@@ -5,6 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
+from helpers import here
 from models import IMAGES, Mlp, loader, settled
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -15,12 +16,14 @@ from neusemslice.maintain import Delta, score
 from neusemslice.maintain.drift import neuron_drift
 from neusemslice.maintain.holdout import held_out
 
+pytestmark = pytest.mark.usefixtures("device")
+
 BATCHES = loader(96)
 SHIFTED = [(x * 1.5 + 0.7, y) for x, y in BATCHES]
 
 
-def made(name="residual", threshold=0.9, device="cpu"):
-    model = settled(IMAGES[name](), 1, 8, 8, device=device)
+def made(name="residual", threshold=0.9):
+    model = settled(IMAGES[name](), 1, 8, 8)
     return model, nss.slice(nss.profile(model, BATCHES), threshold=threshold)
 
 
@@ -33,13 +36,14 @@ def tuned_rows(result):
             found[owners[id(p)]] = (dim, rows)
     for name in result.tuned.graph.outputs:
         for key, p in result.model.get_submodule(name).named_parameters():
-            found[f"{name}.{key}"] = (0, torch.arange(len(p)))
+            found[f"{name}.{key}"] = (0, here(torch.arange(len(p))))
     return found
 
 
+@pytest.mark.pretended
 @pytest.mark.parametrize("name", IMAGES)
-def test_everything_outside_the_tuned_rows_keeps_its_bits(name, device):
-    model, slicing = made(name, device=device)
+def test_everything_outside_the_tuned_rows_keeps_its_bits(name):
+    model, slicing = made(name)
     before = copy.deepcopy(model.state_dict())
     result = nss.readapt(
         model, slicing, SHIFTED, budget=0.4, epochs=2, weight_decay=0.1, validation=None
@@ -62,10 +66,8 @@ def test_everything_outside_the_tuned_rows_keeps_its_bits(name, device):
 
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("recalibrate", [False, True])
-def test_the_delta_turns_the_given_model_into_the_result_and_back(
-    name, recalibrate, tmp_path, device
-):
-    model, slicing = made(name, device=device)
+def test_the_delta_turns_the_given_model_into_the_result_and_back(name, recalibrate, tmp_path):
+    model, slicing = made(name)
     result = nss.readapt(
         model, slicing, SHIFTED, 0.4, epochs=2, recalibrate=recalibrate, validation=None
     )
@@ -151,8 +153,8 @@ def test_drift_is_the_distance_of_normal_distributions():
     pooled = {}
     for name, batches in (("old", BATCHES), ("new", SHIFTED)):
         with torch.no_grad():
-            a = torch.cat([reader(model[1](model[0](x))).double().mean((2, 3)) for x, _ in batches])
-        pooled[name] = a
+            a = [reader(model[1](model[0](here(x)))).double().mean((2, 3)) for x, _ in batches]
+        pooled[name] = torch.cat(a).cpu()
     y = torch.cat([labels for _, labels in BATCHES])
     sigma = pooled["old"].std(0, correction=0)
     moved = []
@@ -229,7 +231,7 @@ class TestValidation:
 
             def forward(self, x):
                 if torch.is_grad_enabled():
-                    seen.update(row.numpy().tobytes() for row in x)
+                    seen.update(row.numpy().tobytes() for row in x.cpu())
                 return self.model(x)
 
         model = Spy(settled(IMAGES["residual"](), 1, 8, 8))
@@ -241,6 +243,7 @@ class TestValidation:
         assert 8 < int(held.sum()) < 40
         assert seen == {row.numpy().tobytes() for row in x[~held]}
 
+    @pytest.mark.pretended
     def test_old_samples_join_the_batches_and_are_held_out_too(self):
         model, slicing = made()
         options = {"epochs": 2, "validation": 0.25, "old": BATCHES}
@@ -275,13 +278,14 @@ def test_batches_of_another_form():
 
 
 class TestRecalibration:
+    @pytest.mark.pretended
     def test_statistics_are_those_of_the_new_samples(self):
         model, slicing = made()
         result = nss.readapt(
             model, slicing, SHIFTED, 0.3, epochs=1, validation=None, recalibrate=True
         )
         stem = result.model.stem_bn
-        outputs = [model.stem(x).double() for x, _ in SHIFTED]
+        outputs = [model.stem(here(x)).double() for x, _ in SHIFTED]
         mean = torch.stack([z.mean((0, 2, 3)) for z in outputs]).mean(0)
         var = torch.stack([z.transpose(0, 1).flatten(1).var(1) for z in outputs]).mean(0)
         torch.testing.assert_close(stem.running_mean.double(), mean, rtol=1e-4, atol=1e-5)

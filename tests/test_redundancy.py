@@ -294,6 +294,8 @@ class TestModels:
         for one, other in zip(once, again, strict=True):
             assert torch.equal(one, other)
 
+    @pytest.mark.pretended
+    @pytest.mark.usefixtures("device")
     def test_the_model_is_left_as_it_was(self):
         model, slicing = made("lenet")
         model.train()
@@ -305,6 +307,7 @@ class TestModels:
             assert torch.equal(tensor, before[name])
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize("target", [{"macs": 0.6}, {"params": 0.5, "round_to": 2}, {"keep": 0.5}])
 def test_a_plan_with_calibration_is_what_restructuring_keeps(name, target):

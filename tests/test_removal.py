@@ -6,15 +6,27 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
+from helpers import here
 from models import IMAGES, Reused, Tied, images, settled
 from torch import Tensor, nn
-from transformer_models import CONFIGS, CONVNETS, GPT2, LLAMA, OTHERS, batch, convnet, transformer
+from transformer_models import (
+    CONFIGS,
+    CONVNETS,
+    GPT2,
+    LLAMA,
+    OTHERS,
+    batch,
+    built,
+    convnet,
+    transformer,
+)
 
 from neusemslice.graph import Inputs, cut, trace
 from neusemslice.maintain.cost import parameter_count, sliced_cost
 from neusemslice.maintain.cutting import TOLERANCE, check_pruned, prune
 from neusemslice.slicing import Slice
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 class Dense(nn.Module):
@@ -89,21 +101,16 @@ class Shaped(nn.Module):
 
 def of_images(make):
     torch.manual_seed(0)
-    return settled(make(), 1, 8, 8), Inputs((images(3, 1, 8, 8),))
+    return settled(make(), 1, 8, 8), Inputs((here(images(3, 1, 8, 8)),))
 
 
 def of_vectors(make):
     torch.manual_seed(0)
-    return settled(make(), 12), Inputs((images(3, 12),))
+    return settled(make(), 12), Inputs((here(images(3, 12)),))
 
 
-def of_text(make, config, settings):
-    torch.manual_seed(0)
-    model = make(config(**settings)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model, Inputs(kwargs=batch("llama"))
+def of_text(*configuration):
+    return built(*configuration), Inputs(kwargs=here(batch("llama")))
 
 
 NETWORKS = {
@@ -113,13 +120,11 @@ NETWORKS = {
     "scaled": functools.partial(of_images, Scaled),
     "reused": functools.partial(of_vectors, Reused),
     "tied": functools.partial(of_vectors, Tied),
-    "tied gpt2": functools.partial(
-        of_text, transformers.GPT2LMHeadModel, transformers.GPT2Config, GPT2
-    ),
+    "tied gpt2": functools.partial(of_text, "GPT2LMHeadModel", "GPT2Config", GPT2),
     "tied llama": functools.partial(
         of_text,
-        transformers.LlamaForCausalLM,
-        transformers.LlamaConfig,
+        "LlamaForCausalLM",
+        "LlamaConfig",
         LLAMA | {"tie_word_embeddings": True},
     ),
 }
@@ -131,7 +136,7 @@ def network(name):
     """A network in evaluation mode and inputs for it."""
     if name in NETWORKS:
         return NETWORKS[name]()
-    inputs = Inputs(kwargs=batch(name))
+    inputs = Inputs(kwargs=here(batch(name)))
     if name in CONVNETS:
         return convnet(name), inputs
     return transformer(name, "eager" if name in OTHERS else "sdpa"), inputs

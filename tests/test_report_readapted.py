@@ -2,11 +2,14 @@
 
 import io
 
+import pytest
 from models import IMAGES, loader, settled
 from rich.console import Console
 
 import neusemslice as nss
 from neusemslice.report import print_readapted
+
+pytestmark = pytest.mark.usefixtures("device")
 
 BATCHES = loader(96)
 SHIFTED = [(x * 1.5 + 0.7, y) for x, y in BATCHES]

@@ -4,12 +4,15 @@ import io
 
 import pytest
 import torch
+from helpers import here
 from models import Mlp, images, loader
 from restructured import case
 from rich.console import Console
 
 from neusemslice.report import class_accuracy, print_restructured, removed_components
 from neusemslice.slicing import Slice
+
+pytestmark = pytest.mark.usefixtures("device")
 
 NAMES = ("cat", "dog", "owl", "bee")
 
@@ -56,15 +59,16 @@ def test_groups_that_cannot_lose_neurons_are_said(tmp_path):
 
 
 def test_accuracy_is_counted_by_class():
-    first, second = Mlp(), Mlp()
+    first, second = here(Mlp()), here(Mlp())
     batches = [*loader(30, shape=(12,)), (images(3, 12), torch.tensor([-100, 2, 2]))]
     found = class_accuracy(first, second, batches, NAMES)
     x, y = (torch.cat(part) for part in zip(*batches, strict=True))
     for model, right in ((first, found.before), (second, found.after)):
-        answer = model(x).argmax(1)
+        answer = model(here(x)).argmax(1).cpu()
         assert right.tolist() == [int(((answer == k) & (y == k)).sum()) for k in range(4)]
     assert found.samples.tolist() == [int((y == k).sum()) for k in range(4)]
-    assert found.overall[0] == pytest.approx(float((first(x).argmax(1) == y).sum()) / 32)
+    right = int((first(here(x)).argmax(1).cpu() == y).sum())
+    assert found.overall[0] == pytest.approx(right / 32)
     with pytest.raises(ValueError, match="an iterator is used up after one"):
         class_accuracy(first, second, iter(batches), NAMES)
 

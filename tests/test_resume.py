@@ -13,6 +13,8 @@ from models import Mlp, loader, settled
 import neusemslice as nss
 from neusemslice.profiling import sweep
 
+pytestmark = pytest.mark.usefixtures("device")
+
 BATCHES = loader(40, shape=(12,))
 
 
@@ -40,6 +42,7 @@ def every_batch(monkeypatch):
     monkeypatch.setattr(sweep, "CHECKPOINT_SECONDS", 0.0)
 
 
+@pytest.mark.pretended
 @pytest.mark.parametrize("stops", [[1], [2, 4], [1, 1, 3]])
 def test_continues_with_the_same_bits(stops, tmp_path, every_batch):
     path = tmp_path / "checkpoint"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from models import IMAGES, Mlp, Residual, Reused, Tied, settled
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.pytorch_utils import Conv1D
+from transformer_models import library
 
 import neusemslice as nss
 from neusemslice.graph import Inputs, trace
@@ -91,16 +91,18 @@ def conv(kind, *args, **kwargs):
     return nn.Sequential(kind(4, 6, *args, **kwargs), nn.Tanh(), kind(6, 4, 3, padding=1))
 
 
+def turned():
+    """Layers with transposed weights."""
+    conv1d = library().pytorch_utils.Conv1D
+    return nn.Sequential(conv1d(9, 12), nn.Tanh(), conv1d(5, 9))
+
+
 LAYERS = {
     "linear": (nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5, False)), (5, 12), {}),
     "tokens": (nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5)), (5, 3, 12), {}),
     "vector": (nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 5)), (12,), {}),
     "columns": (nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 5)), (5, 12), {"1.weight": 1}),
-    "turned": (
-        nn.Sequential(Conv1D(9, 12), nn.Tanh(), Conv1D(5, 9)),
-        (3, 4, 12),
-        {"0.weight": 1, "2.weight": 1},
-    ),
+    "turned": (turned, (3, 4, 12), {"0.weight": 1, "2.weight": 1}),
     "conv1d": (conv(nn.Conv1d, 3, stride=2, padding=1), (5, 4, 9), {}),
     "conv2d": (conv(nn.Conv2d, (3, 2), 1, (1, 0), (2, 1), 2), (5, 4, 9, 8), {}),
     "conv3d": (conv(nn.Conv3d, 3, padding=1, bias=False), (2, 4, 3, 4, 5), {}),
@@ -132,10 +134,16 @@ LAYERS = {
 }
 
 
+def layers(name):
+    """Layers, the shape of their input, and the dimension of neurons that are not in rows."""
+    made, shape, dims = LAYERS[name]
+    return made if isinstance(made, nn.Module) else made(), shape, dims
+
+
 class TestGradients:
     @pytest.mark.parametrize("name", LAYERS)
     def test_are_the_rows_of_the_dense_one(self, name, device):
-        model, shape, dims = LAYERS[name]
+        model, shape, dims = layers(name)
         model = copy.deepcopy(model).double().to(device)
         assert_rows_of_dense(model, torch.randn(shape, dtype=torch.float64, device=device), dims)
 
@@ -173,7 +181,7 @@ class TestGradients:
 
     @pytest.mark.parametrize("name", ["linear", "turned", "conv2d", "transposed", "batch norm"])
     def test_under_autocast(self, name):
-        model, shape, dims = LAYERS[name]
+        model, shape, dims = layers(name)
 
         def loss(model, x):
             with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -186,7 +194,7 @@ class TestGradients:
     @pytest.mark.parametrize("name", [name for name in LAYERS if name != "attention"])
     def test_of_gradients(self, name):
         """Second derivatives: of a loss that is a gradient's size, by input and weights."""
-        model, shape, dims = LAYERS[name]
+        model, shape, dims = layers(name)
         model = copy.deepcopy(model).double().eval()
         x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
         dense = copy.deepcopy(model)

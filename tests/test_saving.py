@@ -19,19 +19,23 @@ from torch import nn
 from neusemslice.graph import fingerprint, logits_of
 from neusemslice.maintain import Restructured, finetune, parameter_count
 
+pytestmark = pytest.mark.usefixtures("device")
+
 CHILD = """
 import sys
 import torch
 sys.modules["torch_pruning"] = None  # loading traces nothing
+from helpers import on_device
 from restructured import build
 from neusemslice import _files
 from neusemslice.graph import Inputs, logits_of
 from neusemslice.maintain import Restructured
 
-for name in sys.argv[2:]:
-    small = Restructured.load(f"{sys.argv[1]}/{name}", build(name, seed=5))
+for name in sys.argv[3:]:
+    with on_device(torch.device(sys.argv[2])):
+        small = Restructured.load(f"{sys.argv[1]}/{name}", build(name, seed=5))
     def same(tensors, content):
-        inputs = {name: tensor.clone() for name, tensor in tensors.items()}
+        inputs = {name: tensor.to(sys.argv[2], copy=True) for name, tensor in tensors.items()}
         expected = inputs.pop("answer")
         given = Inputs((inputs.pop("x"),)) if "x" in inputs else Inputs((), inputs)
         with torch.no_grad():
@@ -42,7 +46,7 @@ for name in sys.argv[2:]:
 
 
 @pytest.mark.slow
-def test_a_fresh_process_gives_the_same_bits(tmp_path):
+def test_a_fresh_process_gives_the_same_bits(tmp_path, device):
     """From a model of the same class with other values, without torch-pruning and without data."""
     from neusemslice import _files
 
@@ -57,7 +61,7 @@ def test_a_fresh_process_gives_the_same_bits(tmp_path):
         expected.append(f"{name} {made.small.kept.digest} {parameter_count(made.small.model)}")
     root = Path(__file__).parent
     found = subprocess.run(
-        [sys.executable, "-c", CHILD, str(tmp_path), *NETWORKS],
+        [sys.executable, "-c", CHILD, str(tmp_path), str(device), *NETWORKS],
         env=os.environ | {"PYTHONPATH": f"{root}:{root.parent}"},
         capture_output=True,
         text=True,

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers import here
 from hypothesis import given
 from hypothesis import strategies as st
 from models import IMAGES, Mlp, loader, settled
@@ -16,6 +17,7 @@ from neusemslice.optim import MaskedSGD
 from neusemslice.slicing import SCORES, critical_sets, shares
 from neusemslice.slicing.components import ALIKE
 
+pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
 GRAPH = trace(Mlp(hidden=5), Inputs((torch.zeros(2, 12),)))
 VECTORS = loader(shape=(12,))
 
@@ -31,6 +33,7 @@ def made(name="lenet", threshold=0.9, metric="taylor"):
     return model, nss.slice(profile, metric, threshold)
 
 
+@pytest.mark.usefixtures("device")
 class TestScores:
     def test_by_hand(self):
         _, slicing = made()
@@ -87,6 +90,7 @@ class TestCriticalSets:
         assert critical_sets(torch.zeros(0, 3, dtype=torch.float64), 0.5).shape == (0, 3)
 
 
+@pytest.mark.usefixtures("device")
 class TestSlicing:
     def test_higher_thresholds_contain_lower_ones(self):
         _, slicing = made(threshold=0.5)
@@ -243,7 +247,9 @@ class TestFile:
         assert Slice.load(path) == a
 
 
+@pytest.mark.usefixtures("device")
 class TestApplied:
+    @pytest.mark.pretended
     @pytest.mark.parametrize("name", IMAGES)
     def test_masked_neurons_are_zero_for_their_readers(self, name):
         model, slicing = made(name, threshold=0.5)
@@ -259,18 +265,18 @@ class TestApplied:
                 for s in kept.graph.sites
                 for r in s.readers
             ]
-            model(torch.randn(3, 1, 8, 8))
+            model(here(torch.randn(3, 1, 8, 8)))
             for handle in handles:
                 handle.remove()
         for site in kept.graph.sites:
             for reader in site.readers:
                 x = reader.take(seen[model.get_submodule(reader.module)], site.neurons)
-                gone = (~kept.mask(site.name)).nonzero().squeeze(1)
+                gone = here((~kept.mask(site.name)).nonzero().squeeze(1))
                 assert (x.index_select(reader.neuron_dim, gone) == 0).all()
 
     def test_the_whole_slice_changes_nothing(self):
         model, slicing = made()
-        x = torch.randn(3, 1, 8, 8)
+        x = here(torch.randn(3, 1, 8, 8))
         expected = model(x)
         with Slice.whole(slicing.profile.graph).applied(model):
             assert torch.equal(model(x), expected)
@@ -278,7 +284,7 @@ class TestApplied:
     def test_a_nan_in_a_masked_neuron_does_not_get_through(self):
         model, slicing = made()
         kept = ~Slice(slicing.profile.graph, {"3": torch.arange(6) == 2})
-        x = torch.randn(3, 1, 8, 8)
+        x = here(torch.randn(3, 1, 8, 8))
         with kept.applied(model):
             expected = model(x)
             with torch.no_grad():
@@ -288,7 +294,7 @@ class TestApplied:
     def test_leaves_the_model_alone_after_an_error_and_when_nested(self):
         model, slicing = made()
         before = copy.deepcopy(model.state_dict())
-        x = torch.randn(3, 1, 8, 8)
+        x = here(torch.randn(3, 1, 8, 8))
         plain = model(x)
         kept = slicing.critical_slice([0])
         with pytest.raises(RuntimeError, match="stop"), kept.applied(model):
@@ -307,7 +313,7 @@ class TestApplied:
 
     def test_a_compiled_model_is_masked_too(self):
         model, slicing = made()
-        x = torch.randn(3, 1, 8, 8)
+        x = here(torch.randn(3, 1, 8, 8))
         with slicing.critical_slice([0]).applied(model):
             expected = model(x)
         plain = model(x)
@@ -320,7 +326,7 @@ class TestApplied:
 
     def test_a_wrapper_that_was_compiled_before_is_masked_too(self):
         model, slicing = made()
-        x = torch.randn(3, 1, 8, 8)
+        x = here(torch.randn(3, 1, 8, 8))
         compiled = torch.compile(model, backend="aot_eager")
         plain = compiled(x)
         with slicing.critical_slice([0]).applied(model):
@@ -339,13 +345,16 @@ class TestApplied:
             pass
 
 
+@pytest.mark.usefixtures("device")
 class TestParameters:
+    @pytest.mark.pretended
     def test_a_step_moves_only_what_the_slice_owns(self):
         model, slicing = made("lenet")
         chosen = Slice(slicing.profile.graph, {"0": torch.arange(4) == 1, "3": torch.arange(6) < 2})
         before = copy.deepcopy(model.state_dict())
         optimizer = MaskedSGD(chosen.parameters(model), lr=0.1)
-        nn.functional.cross_entropy(model(torch.randn(8, 1, 8, 8)), torch.arange(8) % 4).backward()
+        answer = model(here(torch.randn(8, 1, 8, 8)))
+        nn.functional.cross_entropy(answer, here(torch.arange(8) % 4)).backward()
         optimizer.step()
         changed = {}
         for key, value in model.state_dict().items():

@@ -3,10 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import here
 from models import Mlp, Tokens, images, settled
 
 import neusemslice as nss
 from neusemslice import Profiler, reference
+
+pytestmark = pytest.mark.usefixtures("device")
 
 X = images(19, 12)
 SOFT = torch.rand(19, 4, generator=torch.Generator().manual_seed(1))
@@ -37,12 +40,12 @@ def assert_as_the_oracle(stats, expected):
     for name, tensor in stats.tensors().items():
         if name != "nonfinite":
             torch.testing.assert_close(
-                tensor.double(), getattr(expected, name), rtol=1e-5, atol=1e-6
+                tensor.double().cpu(), getattr(expected, name), rtol=1e-5, atol=1e-6
             )
 
 
 def test_activations_equal_the_oracle():
-    hidden = made().first(X).relu().detach()
+    hidden = made().first(here(X)).relu().detach().cpu()
     stats = profiled(split(SOFT)).activations["first"]
     assert_as_the_oracle(stats, reference.class_stats(hidden, SOFT, 4))
 
@@ -50,15 +53,16 @@ def test_activations_equal_the_oracle():
 def test_contributions_equal_the_oracle():
     """Each sample's loss is the cross-entropy with its own shares, summed over the classes."""
     model, products = made(), []
-    for x, shares in zip(X, SOFT, strict=True):
+    for x, shares in zip(here(X), here(SOFT), strict=True):
         hidden = model.first(x[None]).relu().detach().requires_grad_()
         logs = model.head(model.second(hidden).relu()).log_softmax(1)
         (gradient,) = torch.autograd.grad(-(shares * logs[0]).sum(), hidden)
         products.append(hidden.detach() * gradient)
-    expected = reference.class_stats(torch.cat(products), SOFT, 4)
+    expected = reference.class_stats(torch.cat(products).cpu(), SOFT, 4)
     stats = profiled(split(SOFT)).contributions["first"]
-    torch.testing.assert_close(stats.mean, expected.mean, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(stats.mean_abs.double(), expected.mean_abs, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(stats.mean.cpu(), expected.mean, rtol=1e-4, atol=1e-6)
+    mean_abs = stats.mean_abs.double().cpu()
+    torch.testing.assert_close(mean_abs, expected.mean_abs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -80,24 +84,26 @@ def test_a_row_of_zeros_is_an_ignored_sample():
     assert_close(profiled([(X[kept], SOFT[kept])]), profiled(split(SOFT)))
 
 
+@pytest.mark.pretended
 def test_weights_multiply_the_shares():
     model, weights = made(), torch.rand(19)
     profiler = Profiler(model, X[:2])
     with profiler.batch(SOFT, weights=weights):
-        model(X)
-    hidden = model.first(X).relu().detach()
+        model(here(X))
+    hidden = model.first(here(X)).relu().detach().cpu()
     expected = reference.class_stats(hidden, SOFT, 4, weight=weights)
     assert_as_the_oracle(profiler.profile.activations["first"], expected)
 
 
+@pytest.mark.pretended
 def test_tokens_with_a_mask():
     torch.manual_seed(0)
     model, x = settled(Tokens(), 5, 12), images(19, 5, 12)
     mask = torch.rand(19, 5) < 0.6
     profiler = Profiler(model, x[:2], sites=["inner"])
     with profiler.batch(SOFT, mask=mask):
-        model(x)
-    inner = F.gelu(model.inner(model.norm(model.embed(x)))).detach()
+        model(here(x))
+    inner = F.gelu(model.inner(model.norm(model.embed(here(x))))).detach().cpu()
     expected = reference.class_stats(inner, SOFT, 4, mask=mask, neuron_dim=-1)
     assert_as_the_oracle(profiler.profile.activations["inner"], expected)
 

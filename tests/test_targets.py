@@ -69,6 +69,7 @@ def test_a_coupled_group_loses_what_its_most_hurt_site_loses():
         assert abs(float(found.losses[k]) - max(lost)) < 1e-12
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("name", IMAGES)
 @pytest.mark.parametrize(
     "target", [{"macs": 0.6}, {"params": 0.5}, {"keep": 0.5}, {"params": 0.7, "round_to": 2}, {}]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import num_threads
+from helpers import here, num_threads
 from models import IMAGES, images, loader, settled
 from torch import nn
 from transformer_models import batch, batches, transformer
@@ -21,6 +21,8 @@ from neusemslice.maintain import (
     load_tasks,
     save_tasks,
 )
+
+pytestmark = pytest.mark.usefixtures("device")
 
 OLD = loader(96)
 X = images(11, 1, 8, 8, seed=1)
@@ -42,7 +44,7 @@ def five_tasks():
     _, _, result = first_task()
     tasks, seen = result.model, {}
     for first in (6, 8, 10):
-        seen[first] = {name: tasks.task(name)(X) for name in tasks.tasks}
+        seen[first] = {name: tasks.task(name)(here(X)) for name in tasks.tasks}
         tasks = nss.extend(
             tasks, None, two_more(first), name=f"t{first}", reserve=0.5, epochs=1, lr=3e-2
         ).model
@@ -54,15 +56,16 @@ def test_five_tasks_in_a_row_never_change_by_a_bit():
     assert list(tasks.tasks) == ["old", "t4", "t6", "t8", "t10"]
     for before in seen.values():
         for name, answer in before.items():
-            assert torch.equal(tasks.task(name)(X), answer), name
+            assert torch.equal(tasks.task(name)(here(X)), answer), name
     slices = [task.slice for task in tasks.tasks.values()]
     for earlier, later in itertools.pairwise(slices):
         assert earlier - later == earlier ^ earlier, "a later task reads all earlier neurons"
         assert len(later) > len(earlier)
-    assert tasks(X).shape == (11, 12)
+    assert tasks(here(X)).shape == (11, 12)
     assert tasks.classes == tuple(range(12))
 
 
+@pytest.mark.pretended
 def test_only_a_tasks_own_weights_are_trained():
     _, _, result = first_task()
     before = copy.deepcopy(result.model.state_dict())
@@ -75,7 +78,7 @@ def test_only_a_tasks_own_weights_are_trained():
             continue  # the new task's head and norms
         moved = value != before[key]
         for site in own.graph.sites:
-            neurons = own.mask(site.name).nonzero().squeeze(1)
+            neurons = here(own.mask(site.name).nonzero().squeeze(1))
             for span in (*site.rows, *site.columns):
                 if f"backbone.{span.tensor}" == key:
                     moved.index_fill_(span.dim, span.indices(neurons), False)
@@ -85,11 +88,11 @@ def test_only_a_tasks_own_weights_are_trained():
 def test_training_mode_moves_no_statistic_and_no_answer():
     _, _, result = first_task()
     tasks = result.model
-    expected = tasks.task("old")(X)
+    expected = tasks.task("old")(here(X))
     tasks.train()
-    tasks.task("t4")(torch.randn(16, 1, 8, 8))
-    tasks(torch.randn(16, 1, 8, 8))
-    assert torch.equal(tasks.task("old")(X), expected)
+    tasks.task("t4")(here(torch.randn(16, 1, 8, 8)))
+    tasks(here(torch.randn(16, 1, 8, 8)))
+    assert torch.equal(tasks.task("old")(here(X)), expected)
 
 
 def test_parts_are_back_in_their_places_after_an_error():
@@ -97,7 +100,7 @@ def test_parts_are_back_in_their_places_after_an_error():
     tasks = result.model
     head, norm = tasks.backbone.head, tasks.backbone.bn1
     with pytest.raises(RuntimeError):
-        tasks.task("t4")(torch.randn(1, 2, 8, 8))
+        tasks.task("t4")(here(torch.randn(1, 2, 8, 8)))
     assert tasks.backbone.head is head
     assert tasks.backbone.bn1 is norm
 
@@ -132,13 +135,14 @@ def test_bits_on_every_kind_of_model(name, dtype, threads):
         old = [(x.to(dtype), y) for x, y in loader(48)]
         new = [(1.3 - x, y + 4) for x, y in old]
         later = [(x.flip(3), y + 8) for x, y in old]
-        inputs = Inputs((X.to(dtype),))
+        inputs = Inputs((here(X.to(dtype)),))
     else:
         model = transformer(name).to(dtype)
         old = [{k: as_type(v, dtype) for k, v in b.items()} for b in batches(name)]
         new = [b | {"labels": b["labels"] + 3} for b in old]
         later = [b | {"labels": b["labels"] + 6} for b in old]
-        inputs = Inputs((), {k: as_type(v, dtype) for k, v in batch(name, 5, seed=9).items()})
+        given = here(batch(name, 5, seed=9))
+        inputs = Inputs((), {k: as_type(v, dtype) for k, v in given.items()})
     with num_threads(threads):
         slicing = nss.slice(nss.profile(model, old), threshold=0.6)
         first = nss.extend(model, slicing, new, capacity=0.5, reserve=0.5, epochs=1, lr=1e-2)
@@ -158,7 +162,7 @@ def as_type(value, dtype):
 
 
 class TestFiles:
-    def test_a_fresh_process_gives_the_same_bits(self, tmp_path):
+    def test_a_fresh_process_gives_the_same_bits(self, tmp_path, device):
         _, _, result = first_task(grow=0.5, replay=0.5, old=OLD, old_epochs=1)
         tasks = result.model
         paths = save_tasks(tasks, tmp_path)
@@ -167,25 +171,27 @@ class TestFiles:
             "task-old.safetensors",
             "task-t4.safetensors",
         ]
-        torch.save({n: tasks.task(n)(X) for n in tasks.tasks} | {"all": tasks(X)}, tmp_path / "y")
+        answers = {name: tasks.task(name)(here(X)) for name in tasks.tasks}
+        torch.save(answers | {"all": tasks(here(X))}, tmp_path / "y")
         code = (
             "import sys, torch; sys.path.insert(0, 'tests')\n"
             "from models import Residual, images\n"
             "from neusemslice.maintain import load_tasks\n"
             "torch.set_num_threads(int(sys.argv[2]))\n"
-            "tasks = load_tasks(sys.argv[1], Residual())\n"
-            "x = images(11, 1, 8, 8, seed=1)\n"
+            "tasks = load_tasks(sys.argv[1], Residual().to(sys.argv[3]))\n"
+            "x = images(11, 1, 8, 8, seed=1).to(sys.argv[3])\n"
             "with torch.no_grad():\n"
             "    for name, answer in torch.load(sys.argv[1] + '/y').items():\n"
             "        found = tasks(x) if name == 'all' else tasks.task(name)(x)\n"
             "        assert torch.equal(found, answer), name\n"
         )
         subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path), str(torch.get_num_threads())],
+            [sys.executable, "-c", code, str(tmp_path), str(torch.get_num_threads()), str(device)],
             cwd=Path(__file__).parent.parent,
             check=True,
         )
 
+    @pytest.mark.pretended
     def test_a_further_task_leaves_earlier_files_as_they_are(self, tmp_path):
         _, _, result = first_task()
         save_tasks(result.model, tmp_path)
@@ -193,8 +199,8 @@ class TestFiles:
         later = nss.extend(result.model, None, two_more(6), name="t6", epochs=1)
         save_tasks(later.model, tmp_path)
         assert {n: (tmp_path / n).read_bytes() for n in before} == before
-        loaded = load_tasks(tmp_path, IMAGES["residual"]())
-        assert torch.equal(loaded.task("t6")(X), later.model.task("t6")(X))
+        loaded = load_tasks(tmp_path, here(IMAGES["residual"]()))
+        assert torch.equal(loaded.task("t6")(here(X)), later.model.task("t6")(here(X)))
 
     def test_refusals(self, tmp_path):
         _, _, result = first_task()
@@ -221,20 +227,21 @@ def test_a_task_alone_is_small_and_answers_the_same(name):
     tasks = result.model
     whole = sum(p.numel() for p in tasks.backbone.parameters())
     for task in tasks.tasks:
-        small = export_task(tasks, task, Inputs((X,)))
-        expected = tasks.task(task)(X)
-        assert (small(X) - expected).abs().max() <= 1e-5 * expected.abs().max()
+        small = export_task(tasks, task, Inputs((here(X),)))
+        expected = tasks.task(task)(here(X))
+        assert (small(here(X)) - expected).abs().max() <= 1e-5 * expected.abs().max()
         assert sum(p.numel() for p in small.parameters()) < whole
         assert not any(isinstance(m, TaskSet) for m in small.modules())
     assert isinstance(tasks.backbone, nn.Module)
 
 
+@pytest.mark.pretended
 def test_a_transformers_task_alone_and_wider():
     model, old = transformer("vit"), batches("vit")
     new = [b | {"labels": b["labels"] + 3} for b in old]
     slicing = nss.slice(nss.profile(model, old), threshold=0.6)
     tasks = nss.extend(model, slicing, new, capacity=0.5, epochs=1).model
-    inputs = Inputs((), batch("vit", 5, seed=9))
+    inputs = Inputs((), here(batch("vit", 5, seed=9)))
     small = export_task(tasks, "old", inputs)
     expected = tasks.answer("old", **inputs.kwargs)
     assert (small(**inputs.kwargs).logits - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from helpers import here
 from models import Mlp, images, loader, settled
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import neusemslice as nss
 from neusemslice.maintain import fit, score
+
+pytestmark = pytest.mark.usefixtures("device")
 
 BATCHES = loader(48, shape=(12,))
 
@@ -74,16 +77,17 @@ def test_statistics_stay_when_frozen(norm):
             hidden = self.norm(self.first(x).unsqueeze(2).expand(-1, -1, 3)).mean(2)
             return self.head(self.second(hidden.relu()).relu())
 
-    model = Normed()
+    model = here(Normed())
     before = {k: v.clone() for k, v in model.named_buffers()}
     trained(model, BATCHES)
     for key, value in model.named_buffers():
         assert torch.equal(value, before[key]), key
 
 
+@pytest.mark.pretended
 def test_a_batch_with_one_along_is_one_batch():
     """The step is that of both put together; the shorter loader begins anew."""
-    model, other = (Mlp().double() for _ in range(2))
+    model, other = (here(Mlp().double()) for _ in range(2))
     other.load_state_dict(model.state_dict())
     first = [(images(5, 12, seed=i).double(), torch.arange(5) % 4) for i in range(3)]
     second = [(images(3, 12, seed=9 + i).double(), torch.tensor([0, -100, 3])) for i in range(2)]
@@ -104,7 +108,7 @@ def test_scores_count_labelled_samples_only():
     found = score(model, [(x[:13], y[:13]), (x[13:], y[13:])], "test")
     known = y >= 0
     with torch.no_grad():
-        logits = model(x[known]).double()
+        logits = model(here(x[known])).double().cpu()
     assert found.samples == int(known.sum()) == 16
     assert found.accuracy == float((logits.argmax(1) == y[known]).double().mean())
     assert found.loss == pytest.approx(float(nn.functional.cross_entropy(logits, y[known])))

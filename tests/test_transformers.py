@@ -5,15 +5,17 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import here
 from models import Laid
 from torch import nn
-from transformer_models import CONFIGS, Encoder, batch, batches, transformer
-from transformers import BatchEncoding
+from transformer_models import CONFIGS, Encoder, batch, batches, library, transformer
 
 import neusemslice as nss
 from neusemslice import reference
 from neusemslice.graph import Inputs, trace
 from neusemslice.maintain.cutting import TOLERANCE
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def is_head(site):
@@ -25,10 +27,10 @@ def observed(model, module, inputs, labels):
     model = copy.deepcopy(model).double()
     seen = []
     hook = model.get_submodule(module).register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    loss = F.cross_entropy(model(**inputs).logits, labels, reduction="sum")
+    inputs = here({k: v.double() if v.is_floating_point() else v for k, v in inputs.items()})
+    loss = F.cross_entropy(model(**inputs).logits, here(labels), reduction="sum")
     hook.remove()
-    return seen[0].detach(), torch.autograd.grad(loss, seen[0])[0]
+    return seen[0].detach().cpu(), torch.autograd.grad(loss, seen[0])[0].cpu()
 
 
 def pooled(x, neurons, mask, samples):
@@ -46,7 +48,7 @@ class TestProfile:
     def test_heads_against_a_direct_computation(self, name):
         model = transformer(name)
         data = batches(name)
-        profile = nss.profile(model, [BatchEncoding(b) for b in data], ("avg", "taylor"))
+        profile = nss.profile(model, [library().BatchEncoding(b) for b in data], ("avg", "taylor"))
         sites = [site for site in profile.graph.sites if is_head(site)]
         assert len(sites) >= 2
         for site in sites:
@@ -65,13 +67,15 @@ class TestProfile:
             ):
                 scale = float(expected.mean.abs().max())
                 torch.testing.assert_close(
-                    stats[site.name].mean, expected.mean, rtol=1e-4, atol=2e-5 * scale
+                    stats[site.name].mean.cpu(), expected.mean, rtol=1e-4, atol=2e-5 * scale
                 )
             assert profile.activations[site.name].count.tolist() == [5, 5, 5]
 
     def test_token_labels_and_masks_at_heads(self):
         model = transformer("vit")
-        site = next(s for s in trace(model, Inputs(kwargs=batch("vit"))).sites if s.neurons == 4)
+        site = next(
+            s for s in trace(model, Inputs(kwargs=here(batch("vit")))).sites if s.neurons == 4
+        )
         inputs = batch("vit")
         x, _ = observed(model, site.readers[0].module, inputs, torch.zeros(4, dtype=torch.long))
         tokens = x.shape[1]
@@ -81,20 +85,20 @@ class TestProfile:
         mask = torch.rand(4, tokens) < 0.6
         profiler = nss.Profiler(model, inputs, sites=[site.name])
         with profiler.batch(labels, mask), torch.no_grad():
-            model(**inputs)
+            model(**here(inputs))
         kept = labels.masked_fill(~mask, -100).flatten()
         expected = reference.class_stats(heads.flatten(0, 1), kept, 3)
         stats = profiler.profile.activations[site.name]
-        torch.testing.assert_close(stats.mean, expected.mean, rtol=1e-4, atol=1e-5)
-        assert torch.equal(stats.count, expected.count)
+        torch.testing.assert_close(stats.mean.cpu(), expected.mean, rtol=1e-4, atol=1e-5)
+        assert torch.equal(stats.count.cpu(), expected.count)
 
         profiler = nss.Profiler(model, inputs, sites=[site.name])
         mask[:, 0] = True
         with profiler.batch([0, 1, 1, 2], mask), torch.no_grad():
-            model(**inputs)
+            model(**here(inputs))
         expected = reference.class_stats(pooled(x, 4, mask, 4), torch.tensor([0, 1, 1, 2]), 3)
         stats = profiler.profile.activations[site.name]
-        torch.testing.assert_close(stats.mean, expected.mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(stats.mean.cpu(), expected.mean, rtol=1e-4, atol=1e-5)
 
     def test_windows_take_neither_masks_nor_token_labels(self):
         model = transformer("swin")
@@ -102,24 +106,24 @@ class TestProfile:
         profiler = nss.Profiler(model, batch("swin"), sites=[name])
         inputs = batch("swin")
         with pytest.raises(ValueError, match=f"site {name} sees"), profiler.batch([[0] * 64] * 4):
-            model(**inputs)
+            model(**here(inputs))
         mask = torch.ones(4, 64, dtype=torch.bool)
         with pytest.raises(ValueError, match=f"site {name} sees"), profiler.batch([0] * 4, mask):
-            model(**inputs)
+            model(**here(inputs))
 
     def test_samples_laid_end_to_end(self):
-        model = Laid("in order").eval()
+        model = here(Laid("in order").eval())
         x, y = torch.randn(4, 5, 12), torch.tensor([0, 1, 1, 2])
         mask = torch.rand(4, 5) < 0.6
         mask[:, 0] = True
         profiler = nss.Profiler(model, x, sites=["first"])
         with profiler.batch(y, mask), torch.no_grad():
-            model(x)
-        hidden = F.relu(model.first(x)).detach().double()
+            model(here(x))
+        hidden = F.relu(model.first(here(x))).detach().double().cpu()
         means = torch.stack([hidden[n][mask[n]].mean(0) for n in range(4)])
         expected = reference.class_stats(means, y, 4)
         stats = profiler.profile.activations["first"]
-        torch.testing.assert_close(stats.mean, expected.mean, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(stats.mean.cpu(), expected.mean, rtol=1e-5, atol=1e-6)
 
     def test_padding_does_not_count_at_heads(self):
         """More padding on the right of every text changes nothing."""
@@ -135,7 +139,7 @@ class TestProfile:
                 )
 
     def test_torchs_own_encoder(self):
-        model = Encoder().eval()
+        model = here(Encoder().eval())
         x, y = torch.randn(6, 7, 5), torch.arange(6) % 3
         profile = nss.profile(model, [(x, y)], ("avg",))
         for stats in profile.activations.values():
@@ -164,7 +168,7 @@ class TestRestructure:
         assert heads == layers
         # A gate that shares a layer with what it lets through cannot lose neurons.
         assert inner >= (0 if name == "phi3" else layers)
-        inputs = batch(name, seed=9)
+        inputs = here(batch(name, seed=9))
         with torch.no_grad(), small.kept.applied(model):
             expected = model(**inputs).logits
             torch.testing.assert_close(small.model(**inputs).logits, expected, rtol=1e-3, atol=1e-4)
@@ -197,11 +201,12 @@ class TestRestructure:
 
 
 class TestReadapt:
+    @pytest.mark.pretended
     @pytest.mark.parametrize("name", ["vit", "gpt2", "llama"])
     def test_a_tuned_head_is_its_rows_and_no_others(self, name):
         model = transformer(name)
         data = batches(name)
-        graph = trace(model, Inputs(kwargs=batch(name)))
+        graph = trace(model, Inputs(kwargs=here(batch(name))))
         heads = [site.name for site in graph.sites if is_head(site)]
         slicing = nss.slice(nss.profile(model, data, sites=heads))
         options = {"epochs": 1, "weight_decay": 0.1, "validation": None}
@@ -223,7 +228,7 @@ class TestReadapt:
         for key, value in result.model.named_parameters():
             before = model.get_parameter(key)
             changed = (value != before).movedim(dims.get(key, 0), 0)
-            changed = changed.reshape(len(changed), -1).any(1)
+            changed = changed.reshape(len(changed), -1).any(1).cpu()
             wanted = torch.zeros_like(changed)
             if key in expected:
                 wanted[expected[key]] = True
@@ -244,7 +249,7 @@ class TestExtend:
         graph = slicing.profile.graph
         heads = [grown.frozen.mask(site.name) for site in graph.sites if is_head(site)]
         assert all(0 < int(mask.sum()) < len(mask) for mask in heads)
-        inputs = batch("vit", seed=5)
+        inputs = here(batch("vit", seed=5))
         with torch.no_grad(), grown.frozen.applied(model):
             old = model(**inputs).logits
         with torch.no_grad():
@@ -262,7 +267,7 @@ class TestSlices:
 
     def test_what_is_not_in_the_slice_is_masked_at_heads(self):
         model = transformer("llama")
-        graph = trace(model, Inputs(kwargs=batch("llama")))
+        graph = trace(model, Inputs(kwargs=here(batch("llama"))))
         site = next(s for s in graph.sites if is_head(s))
         masks = nss.Slice.whole(graph).masks() | {site.name: torch.tensor([True, False])}
         seen = []
@@ -270,7 +275,7 @@ class TestSlices:
         assert isinstance(reader, nn.Linear)
         with nss.Slice(graph, masks).applied(model), torch.no_grad():
             hook = reader.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-            model(**batch("llama"))
+            model(**here(batch("llama")))
             hook.remove()
         assert (seen[0][..., :8] != 0).all()
         assert (seen[0][..., 8:] == 0).all()

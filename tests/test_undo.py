@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from helpers import here
 from models import Mlp
 from restructured import NETWORKS, build, case
 from test_restructure import TOLERANCE
@@ -13,6 +14,8 @@ import neusemslice as nss
 from neusemslice import Slice
 from neusemslice.graph import cut, fingerprint, logits_of
 from neusemslice.maintain import Restructured, Undo, finetune, regrow
+
+pytestmark = pytest.mark.usefixtures("device")
 
 
 def trained(made):
@@ -47,13 +50,14 @@ def test_the_parent_comes_back_bit_for_bit(tmp_path, name):
             assert torch.equal(value, before[key])
 
 
+@pytest.mark.pretended
 def test_on_each_device(tmp_path, device):
     """Saved, loaded, undone and regrown where the model is; batches stay where they were."""
     made = case("residual")
-    model = build("residual").to(device)
+    model = build("residual")
     small = nss.restructure(model, made.small.kept, calibration=made.batches)
     undo = Undo.between(model, small.model, small.kept)
-    again = Restructured.load(small.save(tmp_path / "model"), build("residual").to(device))
+    again = Restructured.load(small.save(tmp_path / "model"), build("residual"))
     assert_same(again.model, small.model)
     assert_same(undo.parent(again.model), model)
     whole = Slice.whole(small.kept.graph)
@@ -122,7 +126,7 @@ class TestRegrow:
             fit: regrow(made.small, undo, more, calibration=made.batches, compensate=fit)
             for fit in (False, True)
         }
-        x = torch.cat([x for x, _ in made.batches])
+        x = here(torch.cat([x for x, _ in made.batches]))
         with torch.no_grad():
             off = {
                 name: float((model(x) - made.model(x)).square().mean())

@@ -15,6 +15,9 @@ MISSING = (
     "faiss",
     "lightning",
     "matplotlib",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
     "peft",
     "plotly",
     "pyarrow",
@@ -56,6 +59,17 @@ def test_everything_that_a_gpu_machine_runs_is_imported():
     modules = ["neusemslice", *sorted(benchmarks), *sorted(tests), "conftest"]
     found = run_without(f"for name in {modules!r}: importlib.import_module(name)")
     assert found.returncode == 0, found.stderr
+
+
+def test_every_test_module_is_collected():
+    """What needs a package that is missing is skipped and says so."""
+    found = run_without(
+        """
+import pytest
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider"]))
+"""
+    )
+    assert found.returncode == 0, found.stdout
 
 
 CHECKS = {

@@ -1,8 +1,11 @@
 """Small transformers with random weights, from transformers and written by hand."""
 
+from typing import Any
+
+import pytest
 import torch
 import torch.nn.functional as F
-import transformers
+from helpers import here
 from torch import Tensor, nn
 
 TEXT = {
@@ -46,21 +49,21 @@ GPT2 = {
     "num_labels": 3,
 }
 CONFIGS = {
-    "vit": (transformers.ViTForImageClassification, transformers.ViTConfig, IMAGE),
-    "swin": (transformers.SwinForImageClassification, transformers.SwinConfig, SWIN),
-    "bert": (transformers.BertForSequenceClassification, transformers.BertConfig, TEXT),
-    "gpt2": (transformers.GPT2ForSequenceClassification, transformers.GPT2Config, GPT2),
-    "llama": (transformers.LlamaForSequenceClassification, transformers.LlamaConfig, LLAMA),
-    "qwen2": (transformers.Qwen2ForSequenceClassification, transformers.Qwen2Config, LLAMA),
+    "vit": ("ViTForImageClassification", "ViTConfig", IMAGE),
+    "swin": ("SwinForImageClassification", "SwinConfig", SWIN),
+    "bert": ("BertForSequenceClassification", "BertConfig", TEXT),
+    "gpt2": ("GPT2ForSequenceClassification", "GPT2Config", GPT2),
+    "llama": ("LlamaForSequenceClassification", "LlamaConfig", LLAMA),
+    "qwen2": ("Qwen2ForSequenceClassification", "Qwen2Config", LLAMA),
     "qwen3": (
-        transformers.Qwen3ForSequenceClassification,
-        transformers.Qwen3Config,
+        "Qwen3ForSequenceClassification",
+        "Qwen3Config",
         LLAMA | {"head_dim": 8},
     ),
-    "phi3": (transformers.Phi3ForSequenceClassification, transformers.Phi3Config, LLAMA),
+    "phi3": ("Phi3ForSequenceClassification", "Phi3Config", LLAMA),
     "mixtral": (
-        transformers.MixtralForSequenceClassification,
-        transformers.MixtralConfig,
+        "MixtralForSequenceClassification",
+        "MixtralConfig",
         # The other implementations of experts do not know float64.
         LLAMA | {"num_local_experts": 4, "experts_implementation": "eager"},
     ),
@@ -68,14 +71,14 @@ CONFIGS = {
 EXPERTS = {"num_experts_per_tok": 2, "experts_implementation": "eager"}
 OTHERS = {
     "mistral": (
-        transformers.MistralForSequenceClassification,
-        transformers.MistralConfig,
+        "MistralForSequenceClassification",
+        "MistralConfig",
         LLAMA | {"head_dim": 4},
     ),
-    "olmo2": (transformers.Olmo2ForCausalLM, transformers.Olmo2Config, LLAMA),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", LLAMA),
     "bloom": (
-        transformers.BloomForSequenceClassification,
-        transformers.BloomConfig,
+        "BloomForSequenceClassification",
+        "BloomConfig",
         {
             "vocab_size": 50,
             "hidden_size": 16,
@@ -86,26 +89,26 @@ OTHERS = {
         },
     ),
     "gpt-neox": (
-        transformers.GPTNeoXForSequenceClassification,
-        transformers.GPTNeoXConfig,
+        "GPTNeoXForSequenceClassification",
+        "GPTNeoXConfig",
         TEXT,
     ),
     "gpt-oss": (
-        transformers.GptOssForSequenceClassification,
-        transformers.GptOssConfig,
+        "GptOssForSequenceClassification",
+        "GptOssConfig",
         LLAMA | EXPERTS | {"head_dim": 4, "num_local_experts": 4},
     ),
     "qwen3-moe": (
-        transformers.Qwen3MoeForSequenceClassification,
-        transformers.Qwen3MoeConfig,
+        "Qwen3MoeForSequenceClassification",
+        "Qwen3MoeConfig",
         LLAMA | EXPERTS | {"head_dim": 4, "num_experts": 4, "moe_intermediate_size": 12},
     ),
 }
 """Further texts' models, with something that those above have not."""
 CONVNETS = {
     "resnet": (
-        transformers.ResNetForImageClassification,
-        transformers.ResNetConfig,
+        "ResNetForImageClassification",
+        "ResNetConfig",
         {
             "embedding_size": 8,
             "hidden_sizes": [8, 16],
@@ -115,34 +118,38 @@ CONVNETS = {
         },
     ),
     "convnext": (
-        transformers.ConvNextForImageClassification,
-        transformers.ConvNextConfig,
+        "ConvNextForImageClassification",
+        "ConvNextConfig",
         {"hidden_sizes": [8, 12], "depths": [2, 2], "num_stages": 2, "num_labels": 3},
     ),
 }
 IMAGES = ("vit", "swin", *CONVNETS)
 
 
+def library() -> Any:
+    """transformers, without which the test is skipped."""
+    return pytest.importorskip("transformers", reason="transformers is not installed")
+
+
+def built(cls: str, config: str, settings: dict[str, Any], **options: Any) -> nn.Module:
+    """A model of the library in evaluation mode, with biases and norms that are not trivial."""
+    torch.manual_seed(0)
+    model = getattr(library(), cls)(getattr(library(), config)(**settings, **options))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return here(model.eval())
+
+
 def convnet(name: str) -> nn.Module:
-    """One of ``CONVNETS`` in evaluation mode, with biases and norms that are not trivial."""
-    cls, config, settings = CONVNETS[name]
-    torch.manual_seed(0)
-    model = cls(config(**settings))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
+    """One of ``CONVNETS``."""
+    return built(*CONVNETS[name])
 
 
-def transformer(name: str, attention: str = "sdpa", **changes: object) -> nn.Module:
-    """One of the texts' or images' models, with biases and norms that are not trivial."""
+def transformer(name: str, attention: str = "sdpa", **changes: Any) -> nn.Module:
+    """One of the texts' or images' models."""
     cls, config, settings = (CONFIGS | OTHERS)[name]
-    torch.manual_seed(0)
-    model = cls(config(**settings | changes, attn_implementation=attention))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
+    return built(cls, config, settings | changes, attn_implementation=attention)
 
 
 def batch(name: str, samples: int = 4, seed: int = 0) -> dict[str, Tensor]:

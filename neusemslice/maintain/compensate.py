@@ -238,7 +238,7 @@ def _fit(layer: _Layer, loader: Iterable[Any]) -> Refit | None:
     # The transpose of a symmetric matrix is itself, and lies as LAPACK wants it: no copy is made.
     factor = xx.clone(memory_format=torch.contiguous_format).mT
     factor.diagonal().add_(penalty)
-    failed = torch.empty(0, dtype=torch.int32, device=xx.device)
+    failed = torch.empty((), dtype=torch.int32, device=xx.device)
     torch.linalg.cholesky_ex(factor, out=(factor, failed))
     if int(failed):
         raise RuntimeError(

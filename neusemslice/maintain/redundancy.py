@@ -245,7 +245,7 @@ class Correlated:
         covariance.mul_(scale).mul_(scale.unsqueeze(1)).diagonal().add_(RIDGE)
         # In place; the transpose of a symmetric matrix is itself, and lies as LAPACK wants it.
         factor = covariance.mT
-        failed = torch.empty(0, dtype=torch.int32, device=factor.device)
+        failed = torch.empty((), dtype=torch.int32, device=factor.device)
         torch.linalg.cholesky_ex(factor, out=(factor, failed))
         assert not int(failed), "the ridge is far above rounding"
         return cls(torch.cholesky_inverse(factor, out=factor), each)

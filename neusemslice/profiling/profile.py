@@ -154,6 +154,8 @@ class Profile:
     def merge(self, other: Profile) -> None:
         """Adds the samples of ``other`` to this profile, as if one had seen all of them.
 
+        The other may be on another device, as one that was loaded is.
+
         Raises:
             ValueError: if the two are of different models, classes, metrics or baselines; nothing
                 has changed then.
@@ -162,7 +164,9 @@ class Profile:
         theirs = other._parts()
         for part, stats in self._parts().items():
             for name, state in stats.items():
-                class_stats_merge_(state, theirs[part][name])
+                tensors = theirs[part][name].tensors()
+                moved = {key: t.to(state.count.device) for key, t in tensors.items()}
+                class_stats_merge_(state, ClassStats(**moved))
 
     def _subject(self) -> dict[str, Any]:
         """What two profiles must have in common to be merged."""

@@ -6,9 +6,9 @@ import json
 
 import pytest
 import torch
-import transformers
+from helpers import here
 from models import Pooled, images
-from transformer_models import CONFIGS, LLAMA, Attending, Encoder, batch, transformer
+from transformer_models import CONFIGS, LLAMA, Attending, Encoder, batch, library, transformer
 
 from neusemslice.graph import Graph, Inputs, Reader, Span, trace
 from neusemslice.slicing import Slice
@@ -45,11 +45,11 @@ def assert_rows_make_their_features(model, site, inputs):
             changed = copy.deepcopy(model)
             with torch.no_grad():
                 for span in spans:
-                    rows = span.indices(torch.tensor([neuron]))
+                    rows = here(span.indices(torch.tensor([neuron])))
                     own = changed.get_parameter(span.tensor)
                     noise = torch.randn_like(own.index_select(span.dim, rows))
                     own.index_add_(span.dim, rows, noise)
-            moved = (read_at(changed, reader.module, inputs) != plain).flatten(0, -2).any(0)
+            moved = (read_at(changed, reader.module, inputs) != plain).flatten(0, -2).any(0).cpu()
             expected = torch.zeros(len(moved), dtype=torch.bool)
             expected[neuron * reader.repeat : (neuron + 1) * reader.repeat] = True
             assert torch.equal(moved, expected), (site.name, neuron, kind)
@@ -117,17 +117,19 @@ class TestHeads:
         # Two of the four attentions see the whole image in one window.
         assert [s.readers[0].pieces for s in sites] == [True, True, False, False]
 
+    @pytest.mark.usefixtures("device")
     @pytest.mark.parametrize("name", CONFIGS)
     def test_rows_make_their_features(self, name):
         model = transformer(name)
-        inputs = Inputs(kwargs=batch(name))
+        inputs = Inputs(kwargs=here(batch(name)))
         # What the first attention reads does not depend on a later one.
         assert_rows_make_their_features(model, heads_of(trace(model, inputs))[0], inputs)
 
+    @pytest.mark.usefixtures("device")
     @pytest.mark.parametrize("name", CONFIGS)
     def test_a_masked_head_is_one_without_values(self, name):
         model = transformer(name)
-        inputs = Inputs(kwargs=batch(name))
+        inputs = Inputs(kwargs=here(batch(name)))
         graph = trace(model, inputs)
         site = heads_of(graph)[-1]
         mask = torch.ones(site.neurons, dtype=torch.bool)
@@ -140,7 +142,7 @@ class TestHeads:
             spans = [span for span in spans if span.start == last]
         with torch.no_grad():
             for span in spans:
-                rows = span.indices(torch.tensor([1]))
+                rows = here(span.indices(torch.tensor([1])))
                 silent.get_parameter(span.tensor).index_fill_(span.dim, rows, 0)
             with Slice(graph, masks).applied(model):
                 masked = inputs.run(model).logits
@@ -291,7 +293,8 @@ class TestGraph:
         """Experts in which torch-pruning finds ever new indices."""
         torch.manual_seed(0)
         config = LLAMA | {"head_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
-        model = transformers.GptOssForSequenceClassification(transformers.GptOssConfig(**config))
+        config = library().GptOssConfig(**config)
+        model = library().GptOssForSequenceClassification(config)
         graph = trace(model, Inputs(kwargs=batch("llama")))
         assert "the search does not end" in graph.skipped["model.layers.0.self_attn.o_proj"]
         assert [site.neurons for site in heads_of(graph)] == [2, 2]

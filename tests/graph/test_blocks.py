@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-import transformers
+from helpers import here
 from models import Mlp, images
 from torch import nn
 from transformer_models import (
@@ -18,6 +18,7 @@ from transformer_models import (
     batch,
     batches,
     convnet,
+    library,
     transformer,
 )
 
@@ -67,10 +68,11 @@ class TestEqualsTracing:
         for site in graph.sites:
             assert graph.groups[site.group].sites == (site.name,)
 
+    @pytest.mark.usefixtures("device")
     @pytest.mark.parametrize("name", ["llama", "gpt2", "swin"])
     def test_what_is_cut_by_it_is_cut_right(self, name):
         """A slice of the graph without values, cut from the model with values."""
-        model, inputs = transformer(name), Inputs(kwargs=batch(name))
+        model, inputs = transformer(name), Inputs(kwargs=here(batch(name)))
         graph = trace(on_meta(model), inputs)
         masks = {s.name: torch.arange(s.neurons) % 2 == 1 for s in graph.sites}
         small = cut(model, graph, masks)
@@ -137,7 +139,7 @@ class TestLeftOut:
 class TestScale:
     def test_a_plan_for_7_billion_parameters(self):
         """32 layers of Llama, of which nothing is loaded."""
-        config = transformers.LlamaConfig(
+        config = library().LlamaConfig(
             hidden_size=4096,
             intermediate_size=11008,
             num_hidden_layers=32,
@@ -147,7 +149,7 @@ class TestScale:
             pad_token_id=0,
         )
         with torch.device("meta"):
-            model = transformers.LlamaForCausalLM(config)
+            model = library().LlamaForCausalLM(config)
         tokens = torch.ones(2, 128, dtype=torch.long)
         begin = time.perf_counter()
         graph = trace(model, Inputs(kwargs={"input_ids": tokens, "attention_mask": tokens}))
@@ -169,9 +171,9 @@ class TestScale:
 
     def test_groups_of_query_heads(self):
         settings = LLAMA | {"hidden_size": 512, "num_attention_heads": 32, "head_dim": 128}
-        config = transformers.LlamaConfig(**settings | {"num_key_value_heads": 8})
+        config = library().LlamaConfig(**settings | {"num_key_value_heads": 8})
         with torch.device("meta"):
-            model = transformers.LlamaForCausalLM(config)
+            model = library().LlamaForCausalLM(config)
         graph = trace(model, Inputs(kwargs={"input_ids": torch.ones(1, 8, dtype=torch.long)}))
         site = graph.site("model.layers.0.self_attn.v_proj")
         assert (site.neurons, site.readers[0].repeat) == (8, 512)
@@ -181,13 +183,15 @@ class TestScale:
             ("k_proj", 128),
         }
 
+    @pytest.mark.usefixtures("device")
     def test_large_models_are_read_by_structure(self, monkeypatch):
         monkeypatch.setattr(sys.modules[trace.__module__], "LARGE", 1000)
-        model, inputs = transformer("gpt2"), Inputs(kwargs=batch("gpt2"))
+        model, inputs = transformer("gpt2"), Inputs(kwargs=here(batch("gpt2")))
         before = copy.deepcopy(model.state_dict())
         assert trace(model, inputs) == trace(on_meta(model), inputs)
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
+    @pytest.mark.usefixtures("device")
     @pytest.mark.parametrize("name", ["llama", "mixtral"])
     def test_from_profile_to_smaller_model(self, name, monkeypatch):
         monkeypatch.setattr(sys.modules[trace.__module__], "LARGE", 1000)

@@ -4,11 +4,14 @@ import copy
 
 import pytest
 import torch
+from helpers import here
 from models import Crossed, Tied, Tokens, images, loader, settled
 from torch import nn
 
 import neusemslice as nss
 from neusemslice.graph import Inputs, trace
+
+pytestmark = pytest.mark.usefixtures("device")
 
 KINDS = ["shuffle", "pixels first", "transpose", "attention"]
 WRONG = {
@@ -26,7 +29,7 @@ def crossed(request):
 
 
 def traced(model: nn.Module):
-    return trace(model, Inputs((images(2, 1, 8, 8),)))
+    return trace(model, Inputs((here(images(2, 1, 8, 8)),)))
 
 
 def test_crossed_layers_are_not_observed(crossed):
@@ -40,7 +43,7 @@ def test_crossed_layers_are_not_observed(crossed):
 def test_what_is_observed_is_what_the_neuron_does(crossed):
     """Moving one neuron changes its own place at the reader and no other."""
     graph = traced(crossed)
-    x = images(2, 1, 8, 8)
+    x = here(images(2, 1, 8, 8))
     for site in graph.sites:
         reader = site.readers[0]
         seen = []
@@ -68,7 +71,7 @@ def test_the_rest_of_the_model_can_still_be_maintained(crossed):
     slicing = nss.slice(nss.profile(crossed, batches))
     small = nss.restructure(crossed, slicing, calibration=batches, keep=0.5, compensate=False)
     assert small.report.widths["plain"] == (12, 6)
-    x = images(5, 1, 8, 8, seed=3)
+    x = here(images(5, 1, 8, 8, seed=3))
     with small.kept.applied(crossed):
         torch.testing.assert_close(small.model(x), crossed(x), rtol=1e-4, atol=1e-5)
     grown = nss.extend(crossed, slicing, [(x, y + 4) for x, y in batches], capacity=0.5, epochs=1)
