@@ -65,7 +65,11 @@ from neusemslice.profiling import unlabelled
 from neusemslice.slicing import SemanticSlicing
 
 RIDGE = 1e-6
-"""Added to the variances, which are 1, so that correlations can be inverted."""
+"""Added to the variances, which are 1, so that correlations can be inverted.
+
+Tenfold, as often as it takes, where wide places see few dimensions: their Grams are rounded to
+float32, and that rounding's eigenvalues grow with the width.
+"""
 
 TOGETHER = 2**32
 """Bytes of Grams that are streamed in one sweep."""
@@ -225,10 +229,12 @@ class Correlated:
     Attributes:
         inverse: float64 ``[n * each, n * each]``, of their correlations; symmetric.
         each: features of a neuron.
+        ridge: what was added to the correlations' diagonal.
     """
 
     inverse: Tensor
     each: int = 1
+    ridge: float = RIDGE
 
     @classmethod
     def of(cls, covariance: Tensor, each: int = 1, rounding: Tensor | float = 0.0) -> Correlated:
@@ -242,13 +248,12 @@ class Correlated:
         # Of a head, which is one neuron, the features keep their sizes relative to each other.
         mean = real.view(-1, each).mean(1).repeat_interleave(each)
         scale = torch.where(real > 0, mean.rsqrt(), 0.0)
-        covariance.mul_(scale).mul_(scale.unsqueeze(1)).diagonal().add_(RIDGE)
-        # In place; the transpose of a symmetric matrix is itself, and lies as LAPACK wants it.
-        factor = covariance.mT
-        failed = torch.empty((), dtype=torch.int32, device=factor.device)
-        torch.linalg.cholesky_ex(factor, out=(factor, failed))
-        assert not int(failed), "the ridge is far above rounding"
-        return cls(torch.cholesky_inverse(factor, out=factor), each)
+        covariance.mul_(scale).mul_(scale.unsqueeze(1))
+        ridge = RIDGE
+        while (inverse := _inverse(covariance, ridge)) is None:
+            ridge *= 10
+            assert ridge < 1, "correlations are finite"
+        return cls(inverse, each, ridge)
 
     def residuals(self) -> Tensor:
         """The share of each neuron's variance that the others leave, float64 ``[n]`` in [0, 1]."""
@@ -258,12 +263,12 @@ class Correlated:
             blocks = self.inverse.unflatten(0, (-1, self.each)).unflatten(2, (-1, self.each))
             own = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
             left = torch.linalg.inv(own).diagonal(dim1=1, dim2=2).mean(1)
-        return (left - RIDGE).clamp(0, 1)
+        return (left - self.ridge).clamp(0, 1)
 
     def only(self, neurons: Tensor) -> Correlated:
         """The same, of fewer of the neurons."""
         at = self._features(neurons)
-        return Correlated(self.inverse[at.unsqueeze(1), at], self.each)
+        return Correlated(self.inverse[at.unsqueeze(1), at], self.each, self.ridge)
 
     def without(self, gone: Tensor, left: Tensor) -> Correlated:
         """After some neurons went, and these are left."""
@@ -271,12 +276,23 @@ class Correlated:
         rows = self.inverse.index_select(0, g)
         factor = torch.linalg.cholesky(rows.index_select(1, g))
         half = torch.linalg.solve_triangular(factor, rows.index_select(1, k), upper=False)
-        rest = self.only(left).inverse
-        return Correlated(rest.addmm_(half.mT, half, alpha=-1), self.each)
+        rest = self.only(left)
+        rest.inverse.addmm_(half.mT, half, alpha=-1)
+        return rest
 
     def _features(self, neurons: Tensor) -> Tensor:
         within = torch.arange(self.each, device=neurons.device)
         return (neurons.unsqueeze(1) * self.each + within).flatten()
+
+
+def _inverse(correlations: Tensor, ridge: float) -> Tensor | None:
+    """With the ridge on the diagonal; None if that is not positive definite."""
+    # The transpose of a symmetric matrix is itself, and lies as LAPACK wants it: no copy is made.
+    factor = correlations.clone(memory_format=torch.contiguous_format).mT
+    factor.diagonal().add_(ridge)
+    failed = torch.empty((), dtype=torch.int32, device=factor.device)
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
+    return None if int(failed) else torch.cholesky_inverse(factor, out=factor)
 
 
 def order(importance: Tensor, places: list[Correlated]) -> Tensor:
