@@ -161,7 +161,12 @@ def restructure(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what each layer would keep, and cut nothing.")
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Show what each layer would keep, and cut nothing; train() is needed for a target "
+            "with compensation only.",
+        ),
     ] = False,
     compensate: Annotated[
         bool, typer.Option(help="Fit what is left to what the whole model answers.")
@@ -187,10 +192,11 @@ def restructure(
         if dry_run:
             if latency is not None:
                 raise ValueError("a latency is measured on what was cut, so it has no dry run")
+            needs_data = compensate and {macs, params, keep} != {None}
             planned = plan(
                 model,
                 slicing,
-                calibration=beginning(given.train(), samples) if compensate else None,
+                calibration=beginning(given.train(), samples) if needs_data else None,
                 macs=macs,
                 params=params,
                 keep=keep,

@@ -97,6 +97,18 @@ def test_a_plan_is_what_restructuring_does(name, target):
     assert again.kept == result.kept
 
 
+@pytest.mark.parametrize(("name", "threshold"), [("concatenated", 0.4), ("residual", 0.65)])
+def test_what_is_lost_with_critical_neurons_that_are_not_the_most_important(name, threshold):
+    model, slicing = made(name, threshold)
+    planned = plan(model, slicing)
+    for group in planned.groups:
+        gone = [
+            float(slicing.shares[site][:, ~planned.kept.mask(site)].sum(1).mean())
+            for site in group.sites
+        ]
+        assert abs(group.lost - max(gone)) < 1e-12
+
+
 def test_each_groups_own_savings():
     model, slicing = made("residual")
     planned = plan(model, slicing, keep=0.5)
@@ -190,6 +202,8 @@ def test_needs_no_weights():
     model, slicing = made("residual")
     empty = copy.deepcopy(model).to("meta")
     assert plan(empty, slicing, macs=0.5).kept == plan(model, slicing, macs=0.5).kept
+    # Nothing is ranked without a target.
+    assert plan(empty, slicing, calibration=BATCHES).kept == plan(model, slicing).kept
 
 
 def test_is_shown_as_a_table():

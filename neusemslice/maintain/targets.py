@@ -86,10 +86,11 @@ def plan(
     Without a target it is the critical slice.
 
     Args:
-        model: that the slicing was made from; without calibration it is not run, and may be on the
-            meta device.
+        model: that the slicing was made from; without calibration or a target it is not run, and
+            may be on the meta device.
         calibration: what ``restructure`` is to compensate with. None for what it keeps with
             ``compensate=False``: neurons are then ranked by importance alone, as nothing is folded.
+            Without a target it makes no difference.
         macs, params, keep, round_to: as for ``restructure``.
 
     Raises:
@@ -98,28 +99,31 @@ def plan(
     target = checked_target("plan", {"macs": macs, "params": params, "keep": keep}, round_to)
     slicing.critical_slice().check_model(model)
     graph = slicing.profile.graph
-    orders = ordered(model, slicing, calibration)
-    groups = ranked(slicing, orders, 1)
+    orders = ordered(model, slicing, None if target is None else calibration)
     if target is None:
         kept = removable(slicing.critical_slice())
     else:
         kept = meet(model, slicing, orders, *target, round_to)
+    # Critical neurons need not be the first of their group.
+    for i, (group, order) in enumerate(zip(graph.groups, orders, strict=True)):
+        stays = kept.mask(group.sites[0])[order]
+        orders[i] = torch.cat([order[stays], order[~stays]])
     whole = Slice.whole(graph)
     before, after = sliced_cost(model, graph, whole), sliced_cost(model, graph, kept)
     plans = []
-    for group in groups:
-        sites = group.group.sites
+    for entry in ranked(slicing, orders, 1):
+        sites = entry.group.sites
         alone = whole.masks() | {name: kept.mask(name) for name in sites}
         cost = sliced_cost(model, graph, Slice(graph, alone))
         plans.append(
             GroupPlan(
                 sites,
-                group.neurons,
+                entry.neurons,
                 int(kept.mask(sites[0]).sum()),
-                group.losses,
+                entry.losses,
                 before[0] - cost[0],
                 before[1] - cost[1],
-                group.group.kept_whole,
+                entry.group.kept_whole,
             )
         )
     return Plan(kept, tuple(plans), (before[0], after[0]), (before[1], after[1]))
