@@ -62,7 +62,7 @@ class Refit:
 
 @torch.no_grad()
 def compensate(
-    model: nn.Module, small: nn.Module, kept: Slice, loader: Iterable[Any]
+    model: nn.Module, small: nn.Module, kept: Slice, loader: Iterable[Any], caller: str
 ) -> dict[str, Refit]:
     """Fits the layers of ``small`` to the answers of ``model``, in place.
 
@@ -74,6 +74,7 @@ def compensate(
         small: what is left of it without the neurons outside ``kept``; changed.
         kept: closed, of ``model``.
         loader: samples, with labels or without; gone through for each layer.
+        caller: named in errors.
 
     Returns:
         Per layer that was fitted, in the order of the forward pass.
@@ -84,11 +85,12 @@ def compensate(
             gone through only once.
         RuntimeError: naming the layer whose normal equations could not be solved.
     """
-    check_repeatable(loader)
+    check_repeatable(loader, caller)
     done: dict[str, Refit] = {}
     with evaluation(model), evaluation(small):
-        for name in track(fittable(small, kept.graph, loader), "restructure: compensating"):
-            fitted = _fit(_Layer(model, small, kept, name), loader)
+        names = fittable(small, kept.graph, loader, caller)
+        for name in track(names, f"{caller}: compensating"):
+            fitted = _fit(_Layer(model, small, kept, name), loader, caller)
             if fitted is not None:
                 done[name] = fitted
     return done
@@ -193,14 +195,14 @@ class _Layer:
         return windows.transpose(1, 2).flatten(0, 1)
 
 
-def _fit(layer: _Layer, loader: Iterable[Any]) -> Refit | None:
+def _fit(layer: _Layer, loader: Iterable[Any], caller: str) -> Refit | None:
     """Fits a layer; None if it answers as before."""
     device = device_of(layer.small)
     inputs: Inputs | None = None
     old = layer.matrix()
     features, outputs = old.shape
     gram = Gram.empty(features + outputs, layer.weight.device)
-    for inputs in unlabelled(loader, "restructure"):
+    for inputs in unlabelled(loader, caller):
         inputs = inputs.to(device)
         for x, target in layer.rows(inputs):
             if not len(x):
@@ -209,7 +211,7 @@ def _fit(layer: _Layer, loader: Iterable[Any]) -> Refit | None:
             gram_(gram, torch.cat([x.to(wide), target.to(wide)], 1))
     rows = int(gram.count)
     if not bool(gram.products.isfinite().all()):
-        raise ValueError(f"restructure: layer {layer.name} sees activations that are not finite")
+        raise ValueError(f"{caller}: layer {layer.name} sees activations that are not finite")
     assert inputs is not None
     bias = layer.module.bias
     norm = layer.norm(inputs) if bias is None else None
@@ -231,7 +233,7 @@ def _fit(layer: _Layer, loader: Iterable[Any]) -> Refit | None:
         return None
     if rows < features + 1:
         raise ValueError(
-            f"restructure: layer {layer.name} has {features} features, but the calibration gives "
+            f"{caller}: layer {layer.name} has {features} features, but the calibration gives "
             f"it {rows} rows (samples times positions); give more samples, or compensate=False"
         )
     penalty = RIDGE * xx.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
@@ -242,7 +244,7 @@ def _fit(layer: _Layer, loader: Iterable[Any]) -> Refit | None:
     torch.linalg.cholesky_ex(factor, out=(factor, failed))
     if int(failed):
         raise RuntimeError(
-            f"restructure: the normal equations of layer {layer.name} could not be solved"
+            f"{caller}: the normal equations of layer {layer.name} could not be solved"
         )
     # Not by cholesky_solve, which copies the factor.
     half = torch.linalg.solve_triangular(factor, xt - xx @ old, upper=False)
@@ -263,7 +265,7 @@ def _left(kept: Slice, tensor: str, dim: int, size: int) -> Tensor:
     return left.nonzero().squeeze(1)
 
 
-def check_repeatable(loader: Iterable[Any]) -> None:
+def check_repeatable(loader: Iterable[Any], caller: str) -> None:
     """Refuses a calibration that can be gone through only once.
 
     Raises:
@@ -271,12 +273,12 @@ def check_repeatable(loader: Iterable[Any]) -> None:
     """
     if iter(loader) is loader:
         raise ValueError(
-            "restructure: compensation goes through the calibration once for each layer, but an "
-            "iterator is used up after one; give a list or a DataLoader, or compensate=False"
+            f"{caller}: compensation goes through the calibration once for each layer, but an "
+            "iterator is used up after one; give a list or a DataLoader, or do without compensation"
         )
 
 
-def fittable(model: nn.Module, graph: Graph, loader: Iterable[Any]) -> list[str]:
+def fittable(model: nn.Module, graph: Graph, loader: Iterable[Any], caller: str) -> list[str]:
     """Names of the layers of a model, whole or cut, that can be fitted.
 
     In the order of the forward pass, of which two samples are needed.
@@ -289,7 +291,7 @@ def fittable(model: nn.Module, graph: Graph, loader: Iterable[Any]) -> list[str]
 
     handles = [module.register_forward_pre_hook(note) for module in names]
     try:
-        next(unlabelled(loader, "restructure")).head(2).to(device_of(model)).run(model)
+        next(unlabelled(loader, caller)).head(2).to(device_of(model)).run(model)
     finally:
         for handle in handles:
             handle.remove()

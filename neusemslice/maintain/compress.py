@@ -240,7 +240,7 @@ def _without_neurons(model: nn.Module, method: Method, target: int, inputs: Inpu
         numbers = counts(method, layers, neurons)
         for group, units, number in zip(groups, layers, numbers, strict=True):
             masks.update(dict.fromkeys(group.sites, strongest(units.squares, number).cpu()))
-        return removable(Slice(graph, masks))
+        return removable(Slice(graph, masks), "compress")
 
     def fits(neurons: int) -> bool:
         return sliced_cost(model, graph, keeping(neurons))[0] <= target

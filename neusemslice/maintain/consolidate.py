@@ -89,7 +89,7 @@ def compensated(
         return base, {}
     small = prune(model, kept)
     loader = [_batch(inputs) for inputs in some]
-    refits = compensate(model, small, kept, loader)
+    refits = compensate(model, small, kept, loader, "consolidate")
     _write_back(base, small, kept)
     return base, refits
 

@@ -83,27 +83,28 @@ _CONSTANT = 1e-12
 
 @torch.no_grad()
 def by_redundancy(
-    model: nn.Module, slicing: SemanticSlicing, loader: Iterable[Any]
+    model: nn.Module, slicing: SemanticSlicing, loader: Iterable[Any], caller: str
 ) -> list[Tensor]:
     """Each group's neurons, those that go last first: int64 ``[C]``.
 
     Args:
         model: that the slicing was made from; it is left as it was.
         loader: samples, with labels or without; gone through for some groups at a time.
+        caller: named in errors.
 
     Raises:
         ValueError: naming the layer, if it reads activations that are not finite; for a loader that
             can be gone through only once, or a model on the meta device.
     """
     if device_of(model).type == "meta":
-        raise ValueError("restructure: a model on the meta device cannot run the calibration")
-    check_repeatable(loader)
+        raise ValueError(f"{caller}: a model on the meta device cannot run the calibration")
+    check_repeatable(loader, caller)
     orders = by_importance(slicing)
     graph = slicing.profile.graph
     with evaluation(model):
-        for groups in _sweeps(_foldable(model, graph, loader)):
+        for groups in _sweeps(_foldable(model, graph, loader, caller)):
             places = [place for found in groups.values() for place in found]
-            grams = _grams(model, places, loader)
+            grams = _grams(model, places, loader, caller)
             for index, found in groups.items():
                 if parts := _correlations(found, grams):
                     orders[index] = order(importance_of(slicing, graph.groups[index]), parts)
@@ -143,9 +144,11 @@ class _Place:
         return part.reshape(-1, self.features)
 
 
-def _foldable(model: nn.Module, graph: Graph, loader: Iterable[Any]) -> dict[int, list[_Place]]:
+def _foldable(
+    model: nn.Module, graph: Graph, loader: Iterable[Any], caller: str
+) -> dict[int, list[_Place]]:
     """Where the groups are read whose neurons compensation folds, by their number."""
-    fitted = set(fittable(model, graph, loader))
+    fitted = set(fittable(model, graph, loader, caller))
     found = {}
     for index, group in enumerate(graph.groups):
         sites = [graph.site(name) for name in group.sites]
@@ -175,7 +178,9 @@ def _sweeps(groups: dict[int, list[_Place]]) -> Iterator[dict[int, list[_Place]]
         yield some
 
 
-def _grams(model: nn.Module, places: Sequence[_Place], loader: Iterable[Any]) -> dict[_Place, Gram]:
+def _grams(
+    model: nn.Module, places: Sequence[_Place], loader: Iterable[Any], caller: str
+) -> dict[_Place, Gram]:
     """The Gram of what is read at each place."""
     grams: dict[_Place, Gram] = {}
     current = Inputs()
@@ -197,7 +202,7 @@ def _grams(model: nn.Module, places: Sequence[_Place], loader: Iterable[Any]) ->
         for place in places
     ]
     try:
-        for inputs in track(unlabelled(loader, "restructure"), "restructure: redundancy"):
+        for inputs in track(unlabelled(loader, caller), f"{caller}: redundancy"):
             current = inputs.to(device_of(model))
             current.run(model)
     finally:
@@ -206,7 +211,7 @@ def _grams(model: nn.Module, places: Sequence[_Place], loader: Iterable[Any]) ->
     for place, gram in grams.items():
         if not bool(gram.products.isfinite().all()):
             raise ValueError(
-                f"restructure: layer {place.reader.module} sees activations that are not finite"
+                f"{caller}: layer {place.reader.module} sees activations that are not finite"
             )
     return grams
 

@@ -52,9 +52,9 @@ def regrow(
     whole = undo.whole(small.model)
     parent = undo.parent(small.model) if compensate else whole
     inputs = first_inputs(calibration, "regrow", device_of(whole))
-    kept = removable(small.kept | neurons)
+    kept = removable(small.kept | neurons, "regrow")
     grown = prune(whole, kept)
     difference = check_pruned(whole, grown, kept, inputs)
-    refits = fit_layers(parent, grown, kept, calibration) if compensate else {}
+    refits = fit_layers(parent, grown, kept, calibration, "regrow") if compensate else {}
     report = RestructureReport.of(whole, grown, kept, inputs, difference, refits)
     return Restructured(grown, kept, report)

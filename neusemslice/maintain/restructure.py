@@ -193,11 +193,13 @@ def restructure(
             whole = measure_latency(model, inputs)
             return measure_latency(prune(model, kept), inputs) / whole
 
-        orders = ordered(model, slicing, calibration if compensate else None)
-        wanted = meet(model, slicing, orders, *target, round_to, latency_left)
-    kept = removable(wanted)
+        orders = ordered(model, slicing, calibration if compensate else None, "restructure")
+        wanted = meet(model, slicing, orders, *target, round_to, "restructure", latency_left)
+    kept = removable(wanted, "restructure")
     pruned = prune(model, kept)
     difference = check_pruned(model, pruned, kept, inputs)
-    refits = fit_layers(model, pruned, kept, calibration) if compensate else {}
+    refits = {}
+    if compensate:
+        refits = fit_layers(model, pruned, kept, calibration, "restructure")
     report = RestructureReport.of(model, pruned, kept, inputs, difference, refits)
     return Restructured(pruned, kept, report)

@@ -99,11 +99,11 @@ def plan(
     target = checked_target("plan", {"macs": macs, "params": params, "keep": keep}, round_to)
     slicing.critical_slice().check_model(model)
     graph = slicing.profile.graph
-    orders = ordered(model, slicing, None if target is None else calibration)
+    orders = ordered(model, slicing, None if target is None else calibration, "plan")
     if target is None:
-        kept = removable(slicing.critical_slice())
+        kept = removable(slicing.critical_slice(), "plan")
     else:
-        kept = meet(model, slicing, orders, *target, round_to)
+        kept = meet(model, slicing, orders, *target, round_to, "plan")
     # Critical neurons need not be the first of their group.
     for i, (group, order) in enumerate(zip(graph.groups, orders, strict=True)):
         stays = kept.mask(group.sites[0])[order]
@@ -149,19 +149,20 @@ def checked_target(
 
 
 def ordered(
-    model: nn.Module, slicing: SemanticSlicing, calibration: Iterable[Any] | None
+    model: nn.Module, slicing: SemanticSlicing, calibration: Iterable[Any] | None, caller: str
 ) -> list[Tensor]:
     """Each group's neurons, those to keep first: int64 ``[C]``.
 
     Args:
         calibration: what the removed ones are folded with, or None if they are not.
+        caller: named in errors.
 
     Raises:
         ValueError: as ``by_redundancy``.
     """
     if calibration is None:
         return by_importance(slicing)
-    return by_redundancy(model, slicing, calibration)
+    return by_redundancy(model, slicing, calibration, caller)
 
 
 def meet(
@@ -171,6 +172,7 @@ def meet(
     name: str,
     target: float,
     round_to: int | None,
+    caller: str,
     latency_left: Callable[[Slice], float] | None = None,
 ) -> Slice:
     """The largest slice that meets the target and may be cut.
@@ -183,12 +185,13 @@ def meet(
         target: in (0, 1], the share to keep at most; of "keep", the share of each group's neurons.
         round_to: each group keeps a multiple of this, or all; with None, of what makes it fast if
             the target is about speed and can be met so.
+        caller: named in errors.
         latency_left: measures what a slice would leave of the whole model's latency.
 
     Raises:
         ValueError: if the target cannot be met.
     """
-    rest = functools.partial(_met, model, slicing, name, target, latency_left=latency_left)
+    rest = functools.partial(_met, model, slicing, name, target, caller, latency_left)
     if round_to is None and name in ("macs", "latency"):
         try:
             return rest(ranked(slicing, orders, None))
@@ -202,13 +205,14 @@ def _met(
     slicing: SemanticSlicing,
     name: str,
     target: float,
-    groups: list[Ranked],
+    caller: str,
     latency_left: Callable[[Slice], float] | None,
+    groups: list[Ranked],
 ) -> Slice:
     graph = slicing.profile.graph
 
     def keeping(numbers: tuple[int, ...]) -> Slice:
-        return removable(kept_slice(graph, groups, numbers))
+        return removable(kept_slice(graph, groups, numbers), caller)
 
     def at(level: float) -> tuple[int, ...]:
         return of_contribution(groups, level)
@@ -230,7 +234,7 @@ def _met(
 
     if share_left(at(0.0)) > target:
         raise ValueError(
-            f"restructure: {name}={target} cannot be met; the fewest neurons per group leave "
+            f"{caller}: {name}={target} cannot be met; the fewest neurons per group leave "
             f"{share_left(at(0.0)):.3f}"
         )
     low, high = 0.0, 1.0
@@ -268,7 +272,7 @@ def _filled(
     return numbers
 
 
-def removable(wanted: Slice) -> Slice:
+def removable(wanted: Slice, caller: str) -> Slice:
     """The closed slice, with whole groups where nothing may be removed, and no site left empty."""
     masks = wanted.closed().masks()
     for group in wanted.graph.groups:
@@ -276,10 +280,10 @@ def removable(wanted: Slice) -> Slice:
             if group.kept_whole:
                 masks[name] = torch.ones_like(masks[name])
             elif not masks[name].any():
-                raise ValueError(f"restructure: no neuron of site {name} would be left")
+                raise ValueError(f"{caller}: no neuron of site {name} would be left")
             elif int(masks[name].sum()) < group.least:
                 raise ValueError(
-                    f"restructure: site {name} must keep at least {group.least} neurons, as many "
+                    f"{caller}: site {name} must keep at least {group.least} neurons, as many "
                     f"experts as each token has; {int(masks[name].sum())} would be left"
                 )
     return Slice(wanted.graph, masks)
