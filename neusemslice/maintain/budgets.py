@@ -2,10 +2,10 @@
 
 A group's neurons are ranked by their greatest share in the contribution to any one class, or by how
 much of it the others cannot make up for (``maintain/redundancy.py``). What a group loses with all
-but its first ``k`` is the share of the contribution, mean over the classes
-that were seen, that the others have: its sensitivity, known from the profile alone. To meet a
-target all groups keep the same share of their contribution, so that none is hurt more than others:
-redundant layers give up more neurons than those in which each one counts.
+but its first ``k`` is the share of the contribution, mean over the classes that were seen, that the
+others have: its sensitivity, which the profile alone tells of any ranking. To meet a target all
+groups keep the same share of their contribution, so that none is hurt more than others: redundant
+layers give up more neurons than those in which each one counts.
 """
 
 from __future__ import annotations

@@ -17,10 +17,11 @@ of neuron j is ``1 / P[j, j]``: the variance given the others (Lauritzen 1996, G
 Of a neuron with several features, an attention head, the residual is the trace of the conditional
 covariance, ``inv(P[j, j])`` of a block, over that of its own. A neuron that never changes has none
 and goes first; of two that are the same one goes, and the other, which nothing explains any more,
-then counts in full. A group that is read in several places has the greatest residual among them.
-Where nothing can be folded, because compensation cannot fit all that read the group (experts,
-layers called twice), and where there are not more rows than features, from which nothing can be
-told, importance alone ranks.
+then counts in full. Of each of a group's sites the first reader counts that compensation fits (a
+later one behind a norm of its own may see something else), and of several sites the greatest
+residual. Where nothing can be folded, because compensation cannot fit all that read the group
+(experts, layers called twice), and where there are not more rows than features, from which nothing
+can be told, importance alone ranks.
 
 A semantic component (``slicing/components.py``) is neurons with alike shares in the classes. One
 that is redundant within its component is explained by others of it, so no worse by all that are
@@ -41,7 +42,7 @@ activation functions, a row for each position, and for each real token of a text
 work than the Gram with which each of these readers is fitted. One sweep streams the Grams of all
 groups; of wide models several sweeps do, each for as many groups as have ``TOGETHER`` bytes of
 them: ``8 F²`` of ``F`` features, 1.6 GB of 14,336. While a group is ordered there are two such
-matrices for each of its readers. Groups of more than ``SINGLY`` neurons lose a 64th of them at
+matrices for each of its sites. Groups of more than ``SINGLY`` neurons lose a 64th of them at
 once, one by one among the four times as many that lose least, so that duplicates do not go
 together; that takes time with ``F³``, as a fit does.
 """

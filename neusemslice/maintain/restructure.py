@@ -154,7 +154,8 @@ def restructure(
         model: the one that the slicing was made from; it is left as it was.
         slicing: from ``neusemslice.slice``, or the slice to keep.
         calibration: a loader whose first batch the result is checked with, and whose samples
-            compensation goes through once for each layer; labels are not used.
+            compensation goes through once for each layer, and before, with a target, to see which
+            neurons the others make up for; labels are not used.
         macs, params: share of the multiply-adds or of the parameters to keep at most.
         keep: share of each group's neurons to keep.
         latency: share of the time of a forward pass over the first calibration batch to keep at
