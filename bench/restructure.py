@@ -6,10 +6,10 @@ python -m bench.restructure --quick    few images and steps, one seed, nothing w
 One shot: 30, 50 and 70 % of each block's inner channels are removed and all test images answered.
 2,000 training images are all that anyone sees: their labels rank channels (ours by Taylor shares of
 the classes, and where compensation follows by what the others cannot make up for as well; see
-bench/importances.py for the others), compensation uses none. Each importance is
-also given batch norms whose statistics are estimated anew on the same images, and the best one of
-each share our compensation. All keep the same widths, but for ours with its own budgets, of which
-there are at most as many multiply-adds.
+bench/importances.py for the others), compensation uses none. Each importance is also given batch
+norms whose statistics are estimated anew on the same images, and the best one of each share our
+compensation. All keep the same widths, but for ours with its own budgets, of which there are at
+most as many multiply-adds.
 
 Fine-tuned: half of the inner channels (ours with its own budgets) removed, then one epoch of
 augmented images with the same optimizer, order and steps for all. Each method chooses its learning

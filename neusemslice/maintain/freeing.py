@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from neusemslice.graph import Graph, Group, Site, weight_dims
+from neusemslice.maintain.budgets import importance_of
 from neusemslice.maintain.tasks import batch_norms
 from neusemslice.slicing import SemanticSlicing, Slice
 
@@ -48,8 +49,7 @@ def needed(slicing: SemanticSlicing, capacity: float | None) -> Slice:
     for group in separable(graph):
         kept = torch.stack([critical.mask(name) for name in group.sites]).any(0)
         if capacity is not None:
-            importance = torch.stack([slicing.importance(name) for name in group.sites]).amax(0)
-            order = importance.sort(descending=True, stable=True).indices
+            order = importance_of(slicing, group).sort(descending=True, stable=True).indices
             kept = torch.zeros_like(kept)
             kept[order[: max(1, math.ceil((1 - capacity) * len(order)))]] = True
         elif not kept.any():
