@@ -221,25 +221,21 @@ def driver() -> str:
     return found.stdout.splitlines()[0].strip()
 
 
-def _commit() -> str:
+def _commit(folder: Path = Path(__file__).parent) -> str:
     """What was measured; results that were just written make no difference."""
     if named := os.environ.get("NSS_COMMIT"):
         return named
-    head = _git("rev-parse", "--short", "HEAD")
+
+    def git(*arguments: str) -> str:
+        found = subprocess.run(
+            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=False
+        )
+        return found.stdout.strip()
+
+    head = git("rev-parse", "--short", "HEAD")
     others = (":(top)", ":(top,exclude)bench/results")
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", *others)
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", *others)
     return (head or "unknown") + "-dirty" * bool(changed)
-
-
-def _git(*arguments: str) -> str:
-    found = subprocess.run(
-        ["git", *arguments],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return found.stdout.strip()
 
 
 def _page(target: Target, sections: dict[str, Any]) -> str:

@@ -35,11 +35,12 @@ def here(given: T) -> T:
         return {name: here(value) for name, value in given.items()}
     # On a device whose tensors are a class of their own, parameters with several names stay one.
     swap = torch.__future__.set_swap_module_params_on_conversion
+    before = torch.__future__.get_swap_module_params_on_conversion()
     swap(_device.type not in ("cpu", "cuda"))
     try:
         return given.to(_device)
     finally:
-        swap(False)
+        swap(before)
 
 
 @contextmanager

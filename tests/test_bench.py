@@ -124,3 +124,28 @@ def test_a_step_of_readaptation_is_measured():
     # State is held for tuned rows alone, beside each row's number of steps.
     tuned = result.values["tuned"].median
     assert 0.9 / tuned < result.values["memory"].median < 1.1 / tuned
+
+
+def test_the_commit_of_results_is_that_of_all_else(tmp_path, monkeypatch):
+    monkeypatch.delenv("NSS_COMMIT", raising=False)
+    folder = tmp_path / "bench"
+    measured, result = folder / "ours.py", folder / "results" / "table.md"
+    result.parent.mkdir(parents=True)
+    assert report._commit(folder) == "unknown"
+
+    def git(*arguments):
+        who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", *who, *arguments]
+        done = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    for path in (measured, result):
+        path.write_text("before")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    head = git("rev-parse", "--short", "HEAD")
+    result.write_text("after")
+    assert report._commit(folder) == head
+    measured.write_text("after")
+    assert report._commit(folder) == f"{head}-dirty"
