@@ -22,6 +22,9 @@ from neusemslice.slicing import Slice
 BATCH_SIZES = (1, 64)
 """Those that latency is measured with."""
 
+SECONDS = 0.15
+"""Of each batch size so long at least."""
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -63,7 +66,7 @@ def measure(model: nn.Module, inputs: Inputs) -> Cost:
     return Cost(
         parameters=parameter_count(model),
         macs=multiply_adds(model, inputs.head(2)),
-        latency={size: latency(model, sized(size), seconds=0.15) for size in BATCH_SIZES},
+        latency={size: latency(model, sized(size), seconds=SECONDS) for size in BATCH_SIZES},
         model_bytes=sum(tensor.nbytes for tensor in tensors),
         activation_bytes=activation_bytes(model, sized(1)),
     )
