@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import num_threads
+from helpers import here, num_threads
 from models import IMAGES, Mlp, images, loader, settled
 from torch import nn
 
@@ -14,10 +14,12 @@ from neusemslice.maintain import task_accuracies
 
 OLD = loader(96)
 NEW = [(1.3 - x, y + 4) for x, y in loader(96)]
+pytestmark = pytest.mark.usefixtures("device")
+
 X = images(11, 1, 8, 8, seed=1)
 
 
-def made(name="residual", threshold=0.6, device="cpu"):
+def made(name="residual", threshold=0.6, device=None):
     model = settled(IMAGES[name](), 1, 8, 8, device=device)
     return model, nss.slice(nss.profile(model, OLD), threshold=threshold)
 
@@ -26,7 +28,7 @@ def made(name="residual", threshold=0.6, device="cpu"):
 @pytest.mark.parametrize("threads", [1, 2])
 def test_old_answers_keep_their_bits(name, threads, device):
     model, slicing = made(name, device=device)
-    x = X.to(device)
+    x = here(X)
     before = copy.deepcopy(model.state_dict())
     with num_threads(threads):
         result = nss.extend(model, slicing, NEW, capacity=0.5, epochs=2, weight_decay=0.1)
@@ -50,15 +52,15 @@ def test_consolidation_makes_the_old_slice_stand_alone(name):
     assert losses[-1] < losses[0]
     free = ~result.frozen
     for site in free.graph.sites:
-        neurons = free.mask(site.name).nonzero().squeeze(1)
+        neurons = here(free.mask(site.name).nonzero().squeeze(1))
         for span in site.rows:
             if span.tensor.endswith(("weight", "bias")):  # statistics may move, weights may not
                 rows = span.indices(neurons)
                 untouched = result.base.state_dict()[span.tensor].index_select(span.dim, rows)
                 assert torch.equal(untouched, before[span.tensor].index_select(span.dim, rows))
     with result.frozen.applied(result.base):
-        expected = result.base.eval()(X)
-    assert torch.equal(result.model.eval().task("old")(X), expected)
+        expected = result.base.eval()(here(X))
+    assert torch.equal(result.model.eval().task("old")(here(X)), expected)
 
 
 def test_consolidation_has_the_whole_model_as_teacher():
@@ -66,7 +68,7 @@ def test_consolidation_has_the_whole_model_as_teacher():
     model, slicing = made("lenet")
     constant = [(x, torch.zeros_like(y)) for x, y in OLD]
     result = nss.extend(model, slicing, NEW, old=constant, capacity=0.3, epochs=1, old_epochs=20)
-    x = torch.cat([x for x, _ in OLD])
+    x = here(torch.cat([x for x, _ in OLD]))
     with torch.no_grad():
         wanted = model(x)
         found = result.model.eval().task("old")(x)
@@ -89,7 +91,7 @@ def test_only_free_rows_and_their_columns_changed():
     for key, value in result.model.backbone.state_dict().items():
         moved = value != before[key]
         for site in free.graph.sites:
-            neurons = free.mask(site.name).nonzero().squeeze(1)
+            neurons = here(free.mask(site.name).nonzero().squeeze(1))
             for span in (*site.rows, *site.columns):
                 if span.tensor == key:
                     moved.index_fill_(span.dim, span.indices(neurons), False)
@@ -114,7 +116,7 @@ def test_without_a_capacity_what_no_class_needs_is_free():
 def test_it_learns_the_new_classes():
     model, slicing = made("lenet")
     result = nss.extend(model, slicing, NEW, capacity=0.5, epochs=15, lr=1e-2)
-    x, y = torch.cat([b[0] for b in NEW]), torch.cat([b[1] for b in NEW])
+    x, y = (here(torch.cat(parts)) for parts in zip(*NEW, strict=True))
     result.model.eval()
     accuracy = (result.model.task("new")(x).argmax(1) == y - 4).float().mean()
     assert accuracy > 0.7
@@ -126,25 +128,27 @@ def test_log_probabilities_over_all_classes_by_global_number():
     model, slicing = made("lenet")
     gaps = [(x, y + 1) for x, y in NEW]  # classes 5-8; nobody knows class 4
     result = nss.extend(model, slicing, gaps, capacity=0.5, epochs=1)
-    found = result.model(X)
+    found = result.model(here(X))
     assert found.shape == (11, 9)
-    torch.testing.assert_close(found.exp().sum(1), torch.ones(11))
+    torch.testing.assert_close(found.exp().sum(1), here(torch.ones(11)))
     assert (found[:, 4] == -torch.inf).all()
     for name, own in (("old", [0, 1, 2, 3]), ("new", [5, 6, 7, 8])):
-        within = result.model.task(name)(X).log_softmax(1)
+        within = result.model.task(name)(here(X)).log_softmax(1)
         torch.testing.assert_close(found[:, own].log_softmax(1), within)
-    assert torch.equal(result.model.choose(X), found[:, 4:].logsumexp(1).gt(-0.6931472).long())
+    assert torch.equal(
+        result.model.choose(here(X)), found[:, 4:].logsumexp(1).gt(-0.6931472).long()
+    )
 
 
 def test_a_nan_in_a_free_neuron_does_not_reach_old_answers():
     model, slicing = made("lenet")
     result = nss.extend(model, slicing, NEW, capacity=0.5, epochs=1)
     model_ = result.model.eval()
-    expected = model_.task("old")(X)
+    expected = model_.task("old")(here(X))
     free = (~result.frozen).mask("3").nonzero().squeeze(1)
     with torch.no_grad():
         model_.backbone[3].weight[free] = torch.nan
-    assert torch.equal(model_.task("old")(X), expected)
+    assert torch.equal(model_.task("old")(here(X)), expected)
 
 
 def test_saving_and_loading_keeps_the_bits():
@@ -153,7 +157,7 @@ def test_saving_and_loading_keeps_the_bits():
     other = nss.extend(model, slicing, NEW, capacity=0.5, epochs=2)
     other.model.load_state_dict(result.model.state_dict())
     for task in ("old", "new"):
-        a, b = (m.eval().task(task)(X) for m in (result.model, other.model))
+        a, b = (m.eval().task(task)(here(X)) for m in (result.model, other.model))
         assert torch.equal(a, b)
 
 
@@ -206,14 +210,14 @@ class TestReplay:
         options = {"capacity": 0.5, "epochs": 6, "old_epochs": 4, "lr": 1e-2}
         result = nss.extend(model, slicing, unlike, old=OLD, replay=1.0, **options)
         assert result.model.tasks["new"].rejects
-        assert result.model.task("new")(X).shape == (11, 4)
+        assert result.model.task("new")(here(X)).shape == (11, 4)
         loaders = {"old": OLD, "new": unlike}
         found = task_accuracies(result.model, loaders)
         assert (found["old"].chosen + found["new"].chosen) / 2 > 0.75
         for name in loaders:
             assert found[name].inferred <= found[name].given
-        probabilities = result.model(X).exp()
-        torch.testing.assert_close(probabilities.sum(1), torch.ones(11))
+        probabilities = result.model(here(X)).exp()
+        torch.testing.assert_close(probabilities.sum(1), here(torch.ones(11)))
 
     def test_some_of_the_old_samples(self):
         model, slicing = made("lenet")
@@ -241,15 +245,15 @@ class TestGrow:
             nss.extend(first.model, None, more, name="more")
         grown = nss.extend(first.model, None, more, name="more", grow=0.5, epochs=1)
         for task in ("old", "new"):
-            before, after = first.model.task(task)(X), grown.model.task(task)(X)
+            before, after = first.model.task(task)(here(X)), grown.model.task(task)(here(X))
             torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
-            assert torch.equal(after, grown.base.task(task)(X)), "a new reference for bits"
+            assert torch.equal(after, grown.base.task(task)(here(X))), "a new reference for bits"
         for site in grown.model.graph.sites:
             was = first.frozen.graph.site(site.name).neurons
             widened = site.name in grown.report.left
             assert site.neurons == (was + math.ceil(0.5 * was) if widened else was)
         assert len(grown.model.tasks["more"].slice) == grown.model.graph.neurons
-        assert grown.model(X).shape == (11, 12)
+        assert grown.model(here(X)).shape == (11, 12)
 
     def test_a_model_that_is_extended_for_the_first_time(self):
         model, slicing = made("lenet", threshold=1.0)
@@ -257,7 +261,9 @@ class TestGrow:
         result = nss.extend(model, slicing, NEW, grow=0.5, epochs=1)
         assert model[0].out_channels == 4
         assert result.base[0].out_channels == 6
-        torch.testing.assert_close(result.model.task("old")(X), model(X), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            result.model.task("old")(here(X)), model(here(X)), rtol=1e-4, atol=1e-5
+        )
         for key, value in model.state_dict().items():
             assert torch.equal(value, before[key])
 
@@ -313,11 +319,11 @@ class TestRefusals:
         for key, value in model.state_dict().items():
             assert torch.equal(value, before[key])
         tasks = nss.extend(model, slicing, NEW, capacity=0.5, reserve=0.5, epochs=1).model
-        expected = tasks.task("new")(X)
+        expected = tasks.task("new")(here(X))
         with pytest.raises(ValueError, match="loss of epoch 1 is not finite"):
             nss.extend(tasks, None, [(x, y + 4) for x, y in new], name="b")
         assert list(tasks.tasks) == ["old", "new"]
-        assert torch.equal(tasks.task("new")(X), expected)
+        assert torch.equal(tasks.task("new")(here(X)), expected)
 
     def test_old_labels_in_the_new_data(self):
         model, slicing = made()

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import here
 from models import IMAGES, Mlp, Reused, images, loader, settled
 from torch import nn
 
@@ -20,10 +21,12 @@ from neusemslice.maintain.cutting import TOLERANCE, check_pruned, prune
 
 BATCHES = loader()
 cut = functools.partial(nss.restructure, compensate=False)
+pytestmark = pytest.mark.usefixtures("device")
+
 X = images(9, 1, 8, 8, seed=1)
 
 
-def made(name="lenet", threshold=0.8, device="cpu"):
+def made(name="lenet", threshold=0.8, device=None):
     torch.manual_seed(1)
     model = settled(IMAGES[name](), 1, 8, 8, device=device)
     return model, nss.slice(nss.profile(model, BATCHES), threshold=threshold)
@@ -33,7 +36,7 @@ def made(name="lenet", threshold=0.8, device="cpu"):
 @pytest.mark.parametrize("keep", [0.3, 0.7])
 def test_pruned_equals_masked(name, keep, device):
     model, slicing = made(name, device=device)
-    x = X.to(device)
+    x = here(X)
     before = copy.deepcopy(model.state_dict())
     result = cut(model, slicing, calibration=BATCHES, keep=keep)
     with result.kept.applied(model):
@@ -72,7 +75,7 @@ def test_unequal_widths_and_exactly_these_neurons():
 def test_calibration_needs_no_labels():
     model, slicing = made("lenet")
     for batches in ([X], [{"input": X}], [(X, torch.zeros(9))]):
-        assert cut(model, slicing, calibration=batches, keep=0.5).model(X).shape == (
+        assert cut(model, slicing, calibration=batches, keep=0.5).model(here(X)).shape == (
             9,
             4,
         )
@@ -165,7 +168,7 @@ class TestTargets:
         model, slicing = made("lenet")
         result = cut(model, slicing, calibration=BATCHES, params=1.0)
         assert result.kept == Slice.whole(slicing.profile.graph)
-        assert torch.equal(result.model(X), model(X))
+        assert torch.equal(result.model(here(X)), model(here(X)))
 
 
 class TestRefusals:
@@ -245,7 +248,7 @@ class TestWrongMapping:
         with torch.no_grad():
             pruned[7].weight[0, 0] += 0.5
         with pytest.raises(RuntimeError, match="first difference is at site 7"):
-            check_pruned(model, pruned, kept, Inputs((X,)))
+            check_pruned(model, pruned, kept, Inputs((here(X),)))
 
 
 def test_flags_and_modes_are_the_models_own():
@@ -272,7 +275,7 @@ def test_the_result_trains():
     result = restructure_function(model, slicing, calibration=BATCHES, macs=0.6)
     optimizer = torch.optim.SGD(result.model.parameters(), lr=0.01)
     result.model.train()
-    before = measure(result.model, nss.graph.Inputs((X,))).parameters
-    nn.functional.cross_entropy(result.model(X), torch.arange(9) % 4).backward()
+    before = measure(result.model, nss.graph.Inputs((here(X),))).parameters
+    nn.functional.cross_entropy(result.model(here(X)), here(torch.arange(9) % 4)).backward()
     optimizer.step()
     assert parameter_count(result.model) == before
