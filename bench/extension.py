@@ -6,10 +6,10 @@ python -m bench.extension --quick    MNIST, few images, one seed, nothing writte
 ResNet-20 on CIFAR-10 as JPEGs and LeNet-5 on MNIST learn five classes, then the other five; and
 five tasks of two classes each. The network after the first task is the same for all methods. All
 see the same images in batches of 128 (AdamW, learning rate falling linearly to 0) and take the same
-steps on new classes; ours and PackNet also take the same steps on old ones before, ours with the
-network after the first task as teacher. Each method chooses among the same number of settings by
-short runs from the first seed's network, on training images that no run trains on, by the mean
-accuracy of both tasks. Test images are looked at after the last step.
+steps on new classes; ours and PackNet also take the same steps on old ones before. ResNet-20 is
+trained in mixed precision (bfloat16) by all, and answers in float32. Each method chooses among the
+same number of settings by short runs from the first seed's network, on training images that no run
+trains on, by the mean accuracy of both tasks. Test images are looked at after the last step.
 
 Problem by problem, a seed is finished for all methods before the next one begins; results are
 written after each. Every finished run is kept in ``build/extension.json``: an interrupted study

@@ -63,19 +63,6 @@ def test_consolidation_makes_the_old_slice_stand_alone(name):
     assert torch.equal(result.model.eval().task("old")(here(X)), expected)
 
 
-def test_consolidation_has_the_whole_model_as_teacher():
-    """Labels that never differ teach one class; the whole model's answers stand against them."""
-    model, slicing = made("lenet")
-    constant = [(x, torch.zeros_like(y)) for x, y in OLD]
-    result = nss.extend(model, slicing, NEW, old=constant, capacity=0.3, epochs=1, old_epochs=20)
-    x = here(torch.cat([x for x, _ in OLD]))
-    with torch.no_grad():
-        wanted = model(x)
-        found = result.model.eval().task("old")(x)
-    assert (wanted.argmax(1) != 0).all()
-    assert (found.argmax(1) == wanted.argmax(1)).double().mean() > 0.9
-
-
 def test_without_old_data_the_base_is_the_given_model():
     model, slicing = made("lenet")
     result = nss.extend(model, slicing, NEW, capacity=0.5, epochs=1)

@@ -1,8 +1,7 @@
 """Ours: earlier tasks' neurons are frozen, free ones learn the next task (``neusemslice.extend``).
 
 With ``T`` tasks each gets a T-th of the neurons of each layer that can be freed. The first task's
-are trained to stand alone with old images and the whole network as teacher, for as many steps as
-PackNet trains after pruning.
+are trained to stand alone with old images, for as many steps as PackNet trains after pruning.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 The neurons outside are cut out of a copy, which is compensated (``maintain/compensate.py``) with
 old samples, and what is left is written back to its places in the whole model. Then the slice and
-the head are trained briefly on the old samples with all else masked: on the labels, and with the
-whole model as teacher (``maintain/finetune.py`` has the loss). Neither step touches another
+the head are trained briefly on the old samples with all else masked. Neither step touches another
 neuron's weights.
 """
 
@@ -17,11 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from neusemslice.graph import Inputs, evaluation, weight_dims
+from neusemslice.graph import Inputs, weight_dims
 from neusemslice.graph.cut import left_in, tensors_of
 from neusemslice.maintain.compensate import Refit, compensate
 from neusemslice.maintain.cutting import prune
-from neusemslice.maintain.finetune import TEMPERATURE, distillation
 from neusemslice.maintain.tasks import batch_norms
 from neusemslice.maintain.training import Training, fit
 from neusemslice.optim import MaskedAdamW, row_gradients
@@ -71,11 +69,7 @@ def consolidate(
         optimizer = MaskedAdamW(rows.groups(), lr=lr, weight_decay=weight_decay)
         # Running statistics too have to become those of the slice alone.
         norms = batch_norms(base).values()
-        loss = distillation(model, TEMPERATURE, "consolidate")
-        with evaluation(model):
-            training = fit(
-                base, old, optimizer, epochs, what="consolidate", moving=norms, loss=loss
-            )
+        training = fit(base, old, optimizer, epochs, what="consolidate", moving=norms)
     return base, Consolidation(refits, training)
 
 

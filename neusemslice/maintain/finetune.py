@@ -19,13 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neusemslice.graph import Inputs, evaluation, logits_of
-from neusemslice.maintain.training import Loss, Training, fit, summed_cross_entropy
+from neusemslice.maintain.training import Training, fit, summed_cross_entropy
 
 SOFT = 0.9
 """Weight of the teacher's answers against that of the labels."""
-
-TEMPERATURE = 4.0
-"""Softens both answers."""
 
 
 def finetune(
@@ -36,7 +33,7 @@ def finetune(
     lr: float = 1e-3,
     weight_decay: float = 1e-4,
     teacher: nn.Module | None = None,
-    temperature: float = TEMPERATURE,
+    temperature: float = 4.0,
 ) -> Training:
     """Trains all parameters of a model, in place, with AdamW.
 
@@ -72,32 +69,19 @@ def finetune(
     if teacher is None:
         return fit(model, loader, optimizer, epochs, **options)
 
-    with evaluation(teacher):
-        return fit(
-            model,
-            loader,
-            optimizer,
-            epochs,
-            loss=distillation(teacher, temperature, "finetune"),
-            **options,
-        )
-
-
-def distillation(teacher: nn.Module, temperature: float, what: str) -> Loss:
-    """The loss above, of models with the teacher's outputs."""
-
-    def loss(inputs: Inputs, logits: Tensor, labels: Tensor) -> Tensor:
+    def distillation(inputs: Inputs, logits: Tensor, labels: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = logits_of(inputs.run(teacher))
         if wanted.shape != logits.shape:
             raise ValueError(
-                f"{what}: the teacher must answer in the model's shape {list(logits.shape)}, "
+                f"finetune: the teacher must answer in the model's shape {list(logits.shape)}, "
                 f"got {list(wanted.shape)}"
             )
-        hard = summed_cross_entropy(logits, labels, None, what)
+        hard = summed_cross_entropy(logits, labels, None, "finetune")
         known = labels != -100
         own, wanted = (F.log_softmax(z[known] / temperature, -1) for z in (logits, wanted))
         soft = F.kl_div(own, wanted, reduction="sum", log_target=True)
         return (1 - SOFT) * hard + SOFT * temperature**2 * soft
 
-    return loss
+    with evaluation(teacher):
+        return fit(model, loader, optimizer, epochs, loss=distillation, **options)
