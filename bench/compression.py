@@ -15,7 +15,7 @@ the smallest share of the parameters, in steps of 0.1, whose compensated model h
 one and a half times the budget, because training wins part of it back. Should it win too little,
 the next larger share is tried, and the iteration counts.
 
-Every finished run is kept in ``build/compression.json``: an interrupted study goes on behind it.
+``bench/runs.py`` says how an interrupted study goes on.
 The last line is one JSON object: per workload, with slicing first, `vs_without`, how many times
 higher its compression rate is than without, and `saved`, how many iterations fewer it took.
 """
@@ -37,12 +37,12 @@ from torch import Tensor, nn
 import neusemslice as nss
 from bench import cifar, mnist
 from bench.report import Column, Result, Section, Target
-from bench.runs import Runs
+from bench.runs import RUNS, Runs
 from bench.stream import Stream, random_parts
 from neusemslice.maintain import compress, finetune, parameter_count, score
 from neusemslice.maintain.sparsity import METHODS
 
-KEPT = Path(__file__).parents[1] / "build" / "compression.json"
+KEPT = RUNS / "compression.json"
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 STEP = 0.2
 RATE = 1e-3

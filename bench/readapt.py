@@ -10,7 +10,7 @@ the smaller network and many images; these are judged on training images that no
 images are looked at once, after the last step. With all 50,000 images the smaller network goes
 through them once.
 
-Every finished run is kept in ``build/readapt.json``: an interrupted study goes on behind it.
+``bench/runs.py`` says how an interrupted study goes on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import neusemslice as nss
 from bench import cifar
 from bench.report import Column, Ratio, Result, Section, Target
-from bench.runs import Runs
+from bench.runs import RUNS, Runs
 from bench.stream import Stream
 from bench.tuning import (
     BUDGET,
@@ -51,7 +51,7 @@ from neusemslice.maintain import fit, recalibrate
 from neusemslice.maintain.drift import choose, component_drift, neuron_drift
 from neusemslice.maintain.readapt import profiled_batches
 
-KEPT = Path(__file__).parents[1] / "build" / "readapt.json"
+KEPT = RUNS / "readapt.json"
 COLUMNS = (
     Column("seeds", "seeds", "number"),
     Column("mean", "accuracy %", "number", in_summary=True),

@@ -18,7 +18,7 @@ network has seen all training images. The table's accuracies are of the other th
 
 Latency: of 64 images, interleaved with the whole model.
 
-Every finished run is kept in ``build/restructure.json``: an interrupted study goes on behind it.
+``bench/runs.py`` says how an interrupted study goes on.
 The last line is one JSON object: accuracies in percent, and points above the best importance.
 """
 
@@ -41,11 +41,11 @@ import neusemslice as nss
 from bench import cifar
 from bench.importances import IMPORTANCES, inner_layers, ranking
 from bench.report import Column, Ratio, Result, Section, Target
-from bench.runs import Runs
+from bench.runs import RUNS, Runs
 from bench.stream import Stream, random_parts
 from neusemslice.maintain import finetune, plan, recalibrate
 
-KEPT = Path(__file__).parents[1] / "build" / "restructure.json"
+KEPT = RUNS / "restructure.json"
 NAME = "resnet20_cifar10_jpeg"
 OURS, BUDGETED = "ours, equal shares", "ours"
 

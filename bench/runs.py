@@ -1,4 +1,9 @@
-"""What of a long study was already measured."""
+"""What of a long study was already measured.
+
+Every finished run is kept in ``bench/results/runs``, by all that it depends on but the code: an
+interrupted study goes on behind it, and a table's figures can be traced to single runs. Where code
+changes what runs give, these have to be deleted.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +11,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+RUNS = Path(__file__).parent / "results" / "runs"
 
 
 class Runs:
@@ -27,7 +34,7 @@ class Runs:
             self.runs[key] = run()
             print(key, json.dumps(self.runs[key])[:160], flush=True)
             if self.kept is not None:
-                self.kept.parent.mkdir(exist_ok=True)
+                self.kept.parent.mkdir(parents=True, exist_ok=True)
                 new = self.kept.with_suffix(".new")
                 new.write_text(json.dumps(self.runs, indent=1))
                 new.rename(self.kept)

@@ -40,8 +40,8 @@ class TestLeft:
             assert site.expected == min(site.neurons, math.ceil(anew * critical / 4))
             assert site.free == site.neurons // 2
         assert found.free == sum(site.free for site in found.sites)
-        assert f"{found.free} of 20 neurons are free" in str(found)
-        assert capacity_table(found).row_count == 3
+        assert f"{found.free} of 16 neurons are free" in str(found)
+        assert capacity_table(found).row_count == 2
 
     @pytest.mark.pretended
     def test_of_a_task_set(self):

@@ -97,7 +97,33 @@ def test_coupled_sites_are_frozen_whole():
 def test_without_a_capacity_what_no_class_needs_is_free():
     model, slicing = made("lenet", threshold=0.5)
     result = nss.extend(model, slicing, NEW, epochs=1)
-    assert result.frozen == slicing.critical_slice()
+    image = {"0": torch.ones(4, dtype=torch.bool)}
+    assert result.frozen == slicing.critical_slice() | nss.Slice(slicing.profile.graph, image)
+
+
+def test_layers_that_read_an_image_stay_whole():
+    model, slicing = made("lenet")
+    result = nss.extend(model, slicing, NEW, capacity=0.5, epochs=1)
+    assert result.frozen.mask("0").all()
+    assert result.report.left == {"3": (6, 0), "7": (10, 0)}
+
+
+def test_of_old_neurons_those_go_first_that_others_make_up_for():
+    """Two neurons that are the same: without samples both are important, with them one is."""
+    model, slicing = made("lenet")
+    one, other = slicing.importance("3").argsort()[[-1, 0]].tolist()
+    with torch.no_grad():
+        for tensor in (*model[3].state_dict().values(), *model[4].state_dict().values()):
+            if tensor.ndim:
+                tensor[other] = tensor[one]
+        columns = model[7].weight.unflatten(1, (6, 16))
+        columns[:, other] = columns[:, one]
+    slicing = nss.slice(nss.profile(model, OLD), threshold=0.6)
+    blind = nss.extend(model, slicing, NEW, capacity=0.5, epochs=1)
+    told = nss.extend(model, slicing, NEW, old=OLD, capacity=0.5, epochs=1)
+    assert blind.frozen.mask("3")[[one, other]].all()
+    assert int(told.frozen.mask("3")[[one, other]].sum()) == 1
+    assert int(told.frozen.mask("3").sum()) == int(blind.frozen.mask("3").sum()) == 3
 
 
 def test_it_learns_the_new_classes():
@@ -153,14 +179,13 @@ def test_free_neurons_start_anew_or_from_what_they_are(fresh):
     model, slicing = made("lenet")
     result = nss.extend(model, slicing, NEW, capacity=0.5, epochs=1, lr=0.0, fresh=fresh)
     free, found = ~result.frozen, result.model.backbone
-    first, second = (free.mask(name).nonzero().squeeze(1) for name in ("0", "3"))
-    kept = result.frozen.mask("3").nonzero().squeeze(1)
-    assert torch.equal(found[3].weight[second], model[3].weight[second]) is not fresh
-    assert found[3].weight[second].abs().max() <= 1 / 6 or not fresh  # as torch draws them
-    assert torch.equal(found[3].weight[kept][:, first], model[3].weight[kept][:, first]) is (
-        not fresh
-    )
-    assert (found[3].weight[kept][:, first] == 0).all() or not fresh
+    first, second = (free.mask(name).nonzero().squeeze(1) for name in ("3", "7"))
+    read = free.graph.site("3").columns[0].indices(first)
+    kept = result.frozen.mask("7").nonzero().squeeze(1)
+    assert torch.equal(found[7].weight[second], model[7].weight[second]) is not fresh
+    assert found[7].weight[second].abs().max() <= 96**-0.5 or not fresh  # as torch draws them
+    assert torch.equal(found[7].weight[kept][:, read], model[7].weight[kept][:, read]) is not fresh
+    assert (found[7].weight[kept][:, read] == 0).all() or not fresh
 
 
 def test_a_new_task_has_batch_norms_of_its_own():
@@ -191,10 +216,10 @@ def test_a_single_sample_in_a_batch():
 
 class TestReplay:
     def test_it_tells_tasks_apart(self):
-        model, slicing = made("lenet")
+        model, slicing = made("residual")
         board = (torch.arange(8).unsqueeze(1) + torch.arange(8)) % 2 - 0.5
         unlike = [(0.5 * x + board, y + 4) for x, y in OLD]
-        options = {"capacity": 0.5, "epochs": 6, "old_epochs": 4, "lr": 1e-2}
+        options = {"capacity": 0.5, "epochs": 12, "old_epochs": 4, "lr": 1e-2}
         result = nss.extend(model, slicing, unlike, old=OLD, replay=1.0, **options)
         assert result.model.tasks["new"].rejects
         assert result.model.task("new")(here(X)).shape == (11, 4)
@@ -246,8 +271,8 @@ class TestGrow:
         model, slicing = made("lenet", threshold=1.0)
         before = copy.deepcopy(model.state_dict())
         result = nss.extend(model, slicing, NEW, grow=0.5, epochs=1)
-        assert model[0].out_channels == 4
-        assert result.base[0].out_channels == 6
+        assert model[3].out_channels == 6
+        assert result.base[3].out_channels == 9
         torch.testing.assert_close(
             result.model.task("old")(here(X)), model(here(X)), rtol=1e-4, atol=1e-5
         )

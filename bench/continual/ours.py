@@ -83,6 +83,6 @@ class Ours(Naive):
 
 
 class OursReplay10(Ours):
-    """With a tenth of the old images, to tell whose an image is."""
+    """With a tenth of the old images, to tell whose an image is; with the setting of ours."""
 
     replay = 0.1

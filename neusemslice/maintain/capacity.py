@@ -96,7 +96,10 @@ def capacity_left(
     """
     backbone = model.backbone if isinstance(model, TaskSet) else model
     slicing.critical_slice().check_model(backbone)
-    free = model.free if isinstance(model, TaskSet) else ~needed(slicing, capacity)
+    if isinstance(model, TaskSet):
+        free = model.free
+    else:
+        free = ~needed(model, slicing, capacity, None, "capacity_left")
     found = torch.cat([labels.flatten() for _, labels in batches(loader, "capacity_left")])
     classes = [k for k in found.unique().tolist() if k >= 0]
     new = profile(backbone, loader, ("avg",), num_classes=1 + max(classes, default=0))

@@ -88,6 +88,11 @@ def compensated(
     return base, refits
 
 
+def first_samples(samples: Iterable[Any]) -> list[Any]:
+    """What is compensated with: the first batches, without labels."""
+    return [_batch(inputs) for inputs in _some(samples)]
+
+
 def _some(samples: Iterable[Any]) -> list[Inputs]:
     """The first batches, until there are enough samples."""
     some: list[Inputs] = []

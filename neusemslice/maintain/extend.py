@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from neusemslice.graph import Graph, Inputs, device_of, evaluation
-from neusemslice.maintain.consolidate import Consolidation, consolidate
+from neusemslice.maintain.consolidate import Consolidation, consolidate, first_samples
 from neusemslice.maintain.freeing import needed, part_of, per_site, start_afresh, trained
 from neusemslice.maintain.grow import grown
 from neusemslice.maintain.replay import Together, replayed
@@ -111,9 +111,10 @@ def extend(
             ``replay``.
         replay: share of the old samples that are trained on as "none of the new classes", so that
             ``model(x)`` can tell better whose a sample is; no old answer needs it.
-        capacity: share of the neurons to free in each place where any can be freed, least important
-            first. By default those that are critical to no class are free. Of a ``TaskSet`` what
-            no task has is free.
+        capacity: share of the neurons to free in each place where any can be freed: with old
+            samples those first that the others make up for, without them the least important. By
+            default those that are critical to no class are free. Of a ``TaskSet`` what no task has
+            is free.
         reserve: share of the free neurons that is left to later tasks.
         grow: adds so many neurons to each layer that can be widened, as a share of its own: free
             ones, nobody's yet. Answers are equal within rounding then, not to the bit, to those
@@ -132,7 +133,7 @@ def extend(
     _check_shares(capacity=capacity, reserve=reserve, replay=replay, grow=grow)
     if replay and old is None:
         raise ValueError("extend: replay needs old samples; give them as old=")
-    tasks = model if isinstance(model, TaskSet) else _first_task(model, slicing, capacity)
+    tasks = model if isinstance(model, TaskSet) else _first_task(model, slicing, capacity, old)
     if tasks is model and (slicing is not None or capacity is not None):
         raise ValueError(
             "extend: a TaskSet keeps the slices of its tasks; give None as slicing, and no capacity"
@@ -204,7 +205,10 @@ def _check_shares(capacity: float | None, reserve: float, replay: float, grow: f
 
 
 def _first_task(
-    model: nn.Module, slicing: SemanticSlicing | None, capacity: float | None
+    model: nn.Module,
+    slicing: SemanticSlicing | None,
+    capacity: float | None,
+    old: Iterable[Any] | None,
 ) -> TaskSet:
     """The model as the first task of a set; shares its tensors."""
     if slicing is None:
@@ -218,7 +222,7 @@ def _first_task(
     task = Task(
         OLD,
         classes,
-        needed(slicing, capacity),
+        needed(model, slicing, capacity, None if old is None else first_samples(old), "extend"),
         tuple("" if k == NOBODY else names[k] for k in classes),
     )
     return TaskSet(model, graph.outputs[0], (task,), {}, {})

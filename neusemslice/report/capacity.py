@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from neusemslice._progress import track
 from neusemslice.graph import evaluation
-from neusemslice.maintain.consolidate import compensated
+from neusemslice.maintain.consolidate import compensated, first_samples
 from neusemslice.maintain.freeing import needed
 from neusemslice.profiling import LabelsOf
 from neusemslice.report.faithfulness import count_right
@@ -100,12 +100,13 @@ def capacity_curve(
         return float(hits.sum()) / float(samples.sum())
 
     free, masked, fitted = [], [], []
+    few = None if calibration is None else first_samples(calibration)
     for capacity in track(tried, "capacity_curve"):
-        kept = needed(slicing, capacity)
+        kept = needed(model, slicing, capacity, few, "capacity_curve")
         free.append((~kept).density)
         masked.append(accuracy(model, kept))
-        if calibration is not None:
-            fitted.append(accuracy(compensated(model, kept, calibration)[0], kept))
+        if few is not None:
+            fitted.append(accuracy(compensated(model, kept, few)[0], kept))
     return CapacityCurve(
         capacities=tuple(tried),
         free=torch.tensor(free, dtype=torch.float64),
