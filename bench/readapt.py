@@ -34,7 +34,7 @@ import neusemslice as nss
 from bench import cifar
 from bench.report import Column, Ratio, Result, Section, Target
 from bench.runs import RUNS, Runs
-from bench.stream import Stream
+from bench.stream import Stream, random_parts
 from bench.tuning import (
     BUDGET,
     DECAY,
@@ -107,7 +107,6 @@ class Size:
     batch: int
     search_steps: int
     profiled: int
-    validation: int
     test: int
     rounds: int
 
@@ -122,9 +121,8 @@ FULL = Size(
     seeds=(0, 1, 2),
     rates=(3e-4, 1e-3, 3e-3, 1e-2),
     batch=128,
-    search_steps=50,
+    search_steps=100,
     profiled=4_000,
-    validation=2_000,
     test=10_000,
     rounds=20,
 )
@@ -135,7 +133,6 @@ QUICK = Size(
     batch=16,
     search_steps=1,
     profiled=250,
-    validation=100,
     test=200,
     rounds=2,
 )
@@ -150,9 +147,8 @@ class Study(Runs):
         images = cifar.load("train")
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         self.images = images[order]
-        self.searched = self.images[: len(images) - 5_000]
-        self.validation = self.images[len(images) - size.validation :]
-        self.test = cifar.load("test")[: size.test]
+        test = cifar.load("test")[: size.test]
+        self.validation, self.test = (test[part] for part in random_parts(len(test), 0.25))
         self._slicings: dict[str, nss.SemanticSlicing] = {}
         self._ours: dict[str, nss.Slice] = {}
         self._untuned: dict[str, Tensor] = {}
@@ -167,7 +163,7 @@ class Study(Runs):
         """Of the network as its batch norms remember the old images."""
         if name not in self._slicings:
             remembering = network(name)
-            some = self.searched[: self.size.profiled].batches()
+            some = self.images[: self.size.profiled].batches()
             recalibrate(remembering, some)
             self._slicings[name] = nss.slice(nss.profile(remembering, some), threshold=0.95)
         return self._slicings[name]
@@ -176,7 +172,7 @@ class Study(Runs):
         """The neurons that ours tunes where there are many new images."""
         if name not in self._ours:
             slicing = self.slicing(name)
-            new = self.searched[: self.size.profiled].batches()
+            new = self.images[: self.size.profiled].batches()
             drift = neuron_drift(slicing, nss.profile(network(name), new, ("avg",)))
             allowed = int(BUDGET * slicing.profile.graph.neurons)
             self._ours[name], _ = choose(slicing, component_drift(slicing, drift), allowed)
@@ -186,7 +182,8 @@ class Study(Runs):
         self, method: str, setting: Setting, choice: Choice, stream: Stream, seed: int
     ) -> tuple[nn.Module, nss.Slice]:
         """A network after tuning, and neurons: those tuned by rows, or those that ours tunes."""
-        model, slicing = network(setting.network), self.slicing(setting.network)
+        model = network(setting.network, cifar.MixedResNet)
+        slicing = self.slicing(setting.network)
         if method == "ours":
             found = nss.readapt(
                 model,
@@ -220,7 +217,7 @@ class Study(Runs):
         steps = min(self.size.search_steps, setting.steps)
 
         def judged(choice: Choice) -> float:
-            stream = Stream(some(self.searched, setting.samples, 0), self.size.batch, steps, 0)
+            stream = Stream(some(self.images, setting.samples, 0), self.size.batch, steps, 0)
             model, _ = self.tuned(method, setting, choice, stream, 0)
             return 100 * float(right(model, self.validation).double().mean())
 

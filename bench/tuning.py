@@ -20,9 +20,9 @@ DECAY = 1e-2
 METHODS = ("ours", "full", "last layer", "random neurons", "batch norms", "LoRA")
 
 
-def network(name: str) -> nn.Module:
+def network(name: str, kind: type[cifar.ResNet] = cifar.ResNet) -> nn.Module:
     """The untuned network."""
-    return cifar.trained(f"{name.lower().replace('-', '')}_cifar10")
+    return cifar.trained(f"{name.lower().replace('-', '')}_cifar10", kind)
 
 
 @contextmanager

@@ -153,23 +153,11 @@ def pairs(classes: int) -> tuple[tuple[int, ...], ...]:
     return tuple((k, k + 1) for k in range(0, classes, 2))
 
 
-class MixedResNet(cifar.ResNet):
-    """ResNet-20 that computes in bfloat16 wherever gradients are recorded, in float32 elsewhere."""
-
-    def __init__(self, classes: int) -> None:
-        super().__init__(3, classes)
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled()):
-            return super().forward(x).float()
-
-
 def cifar_problem(tasks: tuple[tuple[int, ...], ...]) -> Problem:
     """CIFAR-10 as JPEGs, and ResNet-20, trained in mixed precision."""
     return Problem(
         f"cifar-{len(tasks)}",
-        MixedResNet,
+        lambda outputs: cifar.MixedResNet(3, outputs),
         tasks,
         *_parts(cifar.load("train")),
         cifar.load("test"),
