@@ -5,9 +5,10 @@ python -m bench.readapt_step --quick    10 %, small batches, few layers, nothing
 
 Against full fine-tuning with torch's fused AdamW, masks on the gradients of the tuned parameters
 (wrong besides: decay moves what is masked), and PEFT's LoRA and SHiRA with about as many trained
-parameters. The last line is one JSON object: per workload `vs_full`, `vs_hook`, `vs_lora` and
-`vs_shira`, how many times longer the peer's step takes, and `memory`, how many times more bytes of
-optimizer state full fine-tuning holds. A round runs every way once.
+parameters. The last line is one JSON object: per workload `limit`, the time of a step that trains
+one vector at the lowest tuned layer, and so finds no weight's gradient, over ours; `vs_full`,
+`vs_hook`, `vs_lora` and `vs_shira`, how many times longer the peer's step takes; and `memory`, how
+many times more bytes of optimizer state full fine-tuning holds. A round runs every way once.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ COLUMNS = (
     Column("state", "optimizer MiB", "number"),
     Column("peak", "peak MiB", "number"),
     Column("peak_full", "peak MiB, full", "number"),
+    Column("limit", "of limit", "share", in_summary=True),
     Column("vs_full", "× full", "times", in_summary=True),
     Column("vs_hook", "× mask hooks", "times", in_summary=True),
     Column("vs_lora", "× LoRA", "times", in_summary=True),
@@ -60,9 +62,10 @@ COLUMNS = (
 )
 NOTE = (
     "fp32, random weights and data; statistics of batch norms frozen and no dropout, in every way. "
-    "Neurons are drawn at random over all layers; “tuned parameters” is what they own. “peak”: by "
-    "how much a way's model, gradients, state and step raise the process's memory. LoRA and SHiRA "
-    "train about as many parameters; SHiRA knows linear layers only."
+    "Neurons are drawn at random over all layers; “tuned parameters” is what they own. “of limit”: "
+    "the time of a step that goes back to the lowest tuned layer and finds no weight's gradient, "
+    "over ours. “peak”: by how much a way's model, gradients, state and step raise the process's "
+    "memory. LoRA and SHiRA train about as many parameters; SHiRA knows linear layers only."
 )
 
 
@@ -180,6 +183,15 @@ def hooks(workload: Workload, tuned: nss.Slice) -> Way:
     return Way(model, torch.optim.AdamW(group["params"], lr=1e-4, fused=True), nullcontext())
 
 
+def least(workload: Workload, tuned: nss.Slice) -> Way:
+    """Trains the first vector of the tuned neurons' alone: backward has to go as far down."""
+    model = training(workload.model()).requires_grad_(False)
+    (group,) = tuned.parameters(model)
+    vector = next(parameter for parameter in group["params"] if parameter.dim() == 1)
+    optimizer = torch.optim.AdamW([vector.requires_grad_()], lr=1e-4, fused=True)
+    return Way(model, optimizer, nullcontext())
+
+
 def adapted(config: Callable[[int], peft.PeftConfig]) -> Callable[[Workload, nss.Slice], Way]:
     """A way that trains PEFT's adapters, of the rank whose size is nearest the tuned rows'."""
 
@@ -210,7 +222,7 @@ def tuned_parameters(workload: Workload, tuned: nss.Slice) -> int:
 
 def ways(workload: Workload) -> dict[str, Callable[[Workload, nss.Slice], Way]]:
     lora = adapted(lambda r: peft.LoraConfig(r=r, target_modules=workload.adapted))
-    found = {"ours": ours, "full": full, "hook": hooks, "lora": lora}
+    found = {"ours": ours, "least": least, "full": full, "hook": hooks, "lora": lora}
     if workload.adapted == LINEAR:
         found["shira"] = adapted(lambda r: peft.ShiraConfig(r=r, target_modules=LINEAR))
     return found
@@ -295,7 +307,8 @@ def measure(name: str, workload: Workload, share: float, rounds: int) -> Result:
     for key, of in times.items():
         if key != "ours":
             both = zip(of, times["ours"], strict=True)
-            values[f"vs_{key}"] = Ratio.of([theirs / mine for theirs, mine in both])
+            name_of = "limit" if key == "least" else f"vs_{key}"
+            values[name_of] = Ratio.of([theirs / mine for theirs, mine in both])
     return Result(f"{name} {share:.0%}", values)
 
 

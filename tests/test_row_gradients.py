@@ -152,6 +152,13 @@ class TestGradients:
         model = settled(IMAGES[name](), 1, 8, 8, device=device).double()
         assert_rows_of_dense(model, torch.randn(5, 1, 8, 8, dtype=torch.float64, device=device))
 
+    @pytest.mark.parametrize("name", ["residual", "depthwise"])
+    def test_in_channels_last(self, name, device):
+        last = {"memory_format": torch.channels_last}
+        model = settled(IMAGES[name](), 1, 8, 8, device=device).double().to(**last)
+        x = torch.randn(5, 1, 8, 8, dtype=torch.float64, device=device).contiguous(**last)
+        assert_rows_of_dense(model, x)
+
     @pytest.mark.parametrize("dim", [0, 1])
     @pytest.mark.parametrize("options", [{}, {"padding_idx": 3, "scale_grad_by_freq": True}])
     def test_of_embeddings(self, dim, options):

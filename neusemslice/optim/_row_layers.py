@@ -181,6 +181,13 @@ class EmbeddingKind:
         return cast("Tensor", found if self.neuron_dim == 1 else found[:count])
 
 
+def _channels(t: Tensor, rows: Tensor) -> Tensor:
+    """Some channels of ``[N, C, ...]``; those of a tensor in channels last are gathered there."""
+    if t.stride(1) == 1:  # torch would first copy all of it into the other layout
+        return t.movedim(1, -1).index_select(-1, rows).movedim(-1, 1)
+    return t.index_select(1, rows)
+
+
 @dataclass(frozen=True)
 class BatchNormKind:
     """A batch norm with given statistics: each neuron times a number, plus another."""
@@ -202,7 +209,8 @@ class BatchNormKind:
     def row_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         # Of the tuned neurons alone, it is that of a convolution with one tap for each.
         def chosen(t: Tensor) -> Tensor:
-            return t.index_select(1, rows).to(self.mean.dtype).reshape(len(t), len(rows), -1)
+            some = _channels(t, rows).to(self.mean.dtype)
+            return some.reshape(len(t), len(rows), -1)
 
         mean, var = self.mean.index_select(0, rows), self.var.index_select(0, rows)
         spread = torch.rsqrt(var + self.eps)

@@ -123,6 +123,12 @@ class TestValues:
         expected = grad.double().sum(others)[rows]
         assert_close(ops.rows_bias_backward(grad, rows, dim), expected, dtype, 280)
 
+    def test_bias_has_the_same_bits_in_channels_last(self, device):
+        grad, rows = torch.randn(6, 7, 5, 4, device=device), rows_of(7, 3, device)
+        last = grad.contiguous(memory_format=torch.channels_last)
+        found = ops.rows_bias_backward(last, rows, 1)
+        assert torch.equal(found, ops.rows_bias_backward(grad, rows, 1))
+
     def test_what_is_empty(self, device):
         def zeros(*shape):
             return torch.zeros(shape, device=device)

@@ -26,6 +26,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -199,12 +200,18 @@ at::Tensor rows_bias_backward_cpu(const at::Tensor& grad, const at::Tensor& rows
   const int64_t dim = checked_bias(grad, rows, neuron_dim);
   at::Tensor out = at::zeros({rows.numel()}, grad.options().dtype(value_type(grad)));
   if (out.numel() != 0 && grad.numel() != 0) {
-    // Read front to back; other strides are copied once.
-    const at::Tensor whole = grad.contiguous(), row_list = rows.contiguous();
+    // Read front to back. Where the neurons lie side by side (channels last), those of the rows are
+    // gathered; other strides are copied once.
+    const at::Tensor last = grad.movedim(dim, -1);
+    const bool gathered = !grad.is_contiguous() && last.is_contiguous();
+    const at::Tensor read =
+        gathered ? last.index_select(-1, rows).movedim(-1, dim).contiguous() : grad.contiguous();
+    const at::Tensor row_list =
+        gathered ? at::arange(rows.numel(), rows.options()) : rows.contiguous();
     cpu::RowSumsJob job{element_of(grad),
-                        whole.const_data_ptr(),
+                        read.const_data_ptr(),
                         1,
-                        grad.size(dim),
+                        read.size(dim),
                         1,
                         row_list.const_data_ptr<int64_t>(),
                         out.mutable_data_ptr()};
