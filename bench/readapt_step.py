@@ -328,9 +328,9 @@ def main() -> None:
         for share in (0.10,) if quick else SHARES:
             section.results.append(measure(name, workload, share, 3 if quick else 9))
             console.print(f"{section.results[-1].name}: done", style="dim")
+            if not quick:
+                section.write()
     section.show(console)
-    if not quick:
-        console.print(f"written: {section.write().name}")
     print(section.summary())
 
 

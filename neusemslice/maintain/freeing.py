@@ -22,6 +22,11 @@ whole; the least important               98.69    99.16
 whole; what the others make up for       98.80    98.99
 =======================================  =======  =======
 
+Free neurons start afresh unless they are told not to: five tasks of MNIST then end at 99.1 % of the
+test images, and at 98.3 % if neurons start from the weights that they have. With two tasks of
+CIFAR-10 it makes little difference: the new classes end at 88.6 % and at 89.0 % (ResNet-20, one
+seed).
+
 A free neuron brings its own rows and, in layers that have no free row, the columns with which it is
 read. Under earlier tasks these columns meet zeros.
 """
