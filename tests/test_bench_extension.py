@@ -16,15 +16,16 @@ from bench import extension, mnist
 from bench.cifar import Images
 from bench.continual.deeparc import DeepArc, redundant
 from bench.continual.ewc import EWC, SAMPLES
-from bench.continual.learner import HeadOnly, Naive, Setting
+from bench.continual.learner import Divided, HeadOnly, Naive, Setting
 from bench.continual.lwf import TEMPERATURE, LwF, distillation
+from bench.continual.ours import Ours
 from bench.continual.packnet import FREE, PackNet, PackNetNorms, prune
 from bench.continual.problem import Problem, halves, local, pairs
 from bench.continual.replay import Replay10, with_replay
 from neusemslice.data import load_digits
 
 needs_mnist = pytest.mark.skipif(mnist.missing() is not None, reason=str(mnist.missing()))
-SETTING = Setting(1e-2, 1.0)
+SETTING = Divided(1e-2, 1.0, old_rate=1e-2)
 
 
 def network(outputs: int) -> nn.Sequential:
@@ -245,10 +246,33 @@ class TestPackNet:
             shares = owner.flatten().bincount(minlength=5) / owner.numel()
             assert float((shares - 0.2).abs().max()) < 0.02
 
+    def test_the_first_task_may_keep_more(self, digits, base):
+        learner, _ = learned(PackNet, digits, base, Divided(1e-2, first=1.3))
+        for owner in learner.owner:
+            assert float((owner == 0).float().mean()) == pytest.approx(0.65, abs=0.01)
+
+    def test_the_first_tasks_part_is_trained_at_its_own_rate(self, digits, base):
+        slow, fast = (
+            learned(PackNet, digits, base, Divided(1e-2, old_rate=rate))[1]["0.weight"]
+            for rate in (1e-9, 1e-2)
+        )
+        unpruned = base[0].weight.detach()
+        assert torch.allclose(slow, torch.where(slow == 0, 0, unpruned))
+        assert not torch.allclose(fast, torch.where(fast == 0, 0, unpruned))
+
     def test_norms_are_the_first_tasks_or_each_tasks_own(self, digits, base):
         for method, moved in ((PackNet, False), (PackNetNorms, True)):
             learner, prepared = learned(method, digits, base)
             assert ("1.running_mean" in changed(learner, prepared)) is moved
+
+
+class TestOurs:
+    def test_the_first_task_keeps_its_share_of_what_can_be_freed(self, digits, base):
+        learner = Ours(digits, base, Divided(1e-2, first=1.2), 0)
+        learner.prepare(digits.stream(digits.train.of(digits.tasks[0]), 1))
+        learner.learn(digits.tasks[1], digits.stream(digits.train.of(digits.tasks[1]), 2))
+        kept = learner.model.tasks["old"].slice
+        assert [int(kept.mask(site).sum()) for site in ("0", "3")] == [8, 6]
 
 
 class TestProblem:

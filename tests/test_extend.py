@@ -41,6 +41,17 @@ def test_old_answers_keep_their_bits(name, threads, device):
     assert result.report.unchanged
 
 
+def test_consolidation_has_a_learning_rate_of_its_own():
+    model, slicing = made("lenet")
+    options = {"old": OLD, "capacity": 0.5, "epochs": 1, "old_epochs": 1, "lr": 1e-2}
+    alike, given, slower = (
+        nss.extend(model, slicing, NEW, **options, **rate).base.state_dict()
+        for rate in ({}, {"old_lr": 1e-2}, {"old_lr": 1e-3})
+    )
+    assert all(torch.equal(given[key], value) for key, value in alike.items())
+    assert not all(torch.equal(slower[key], value) for key, value in alike.items())
+
+
 @pytest.mark.parametrize("name", ["lenet", "residual"])
 def test_consolidation_makes_the_old_slice_stand_alone(name):
     model, slicing = made(name)

@@ -33,6 +33,21 @@ class Setting:
     strength: float = 0.0
 
 
+@dataclass(frozen=True)
+class Divided(Setting):
+    """What is chosen by a method that gives each task a part of the network.
+
+    Attributes:
+        old_rate: learning rate with which the first task's part is trained to do alone.
+        first: what the first task keeps, in equal shares.
+        fresh: whether what is free starts anew.
+    """
+
+    old_rate: float = 3e-3
+    first: float = 1.0
+    fresh: bool = True
+
+
 RATES = tuple(Setting(rate) for rate in (1e-3, 3e-3, 1e-2))
 """What is tried by methods without a strength; the others try as many."""
 
@@ -77,9 +92,17 @@ class Naive:
             self.heads.append(nn.Linear(self.width, len(classes)))
         self.classes.append(classes)
 
-    def fit(self, parameters: list[nn.Parameter], stream: Stream, epochs: int) -> None:
+    def fit(
+        self,
+        parameters: list[nn.Parameter],
+        stream: Stream,
+        epochs: int,
+        rate: float | None = None,
+    ) -> None:
+        """Trains, with the setting's rate if none is given."""
         model = nn.ModuleList([self.backbone, *self.heads])
-        train(model, parameters, stream, epochs, self.setting.rate, self.loss, self.stepped)
+        rate = self.setting.rate if rate is None else rate
+        train(model, parameters, stream, epochs, rate, self.loss, self.stepped)
         self.backbone.eval()
 
     def mode(self) -> None:

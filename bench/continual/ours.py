@@ -1,7 +1,8 @@
 """Ours: earlier tasks' neurons are frozen, free ones learn the next task (``neusemslice.extend``).
 
-With ``T`` tasks each gets a T-th of the neurons of each layer that can be freed. The first task's
-are trained to stand alone with old images, for as many steps as PackNet trains after pruning.
+With ``T`` tasks each gets a T-th of the neurons of each layer that can be freed, or the first one
+somewhat more. The first task's are trained to stand alone with old images, for as many steps as
+PackNet trains after pruning.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 import neusemslice as nss
 from bench.cifar import Images
-from bench.continual.learner import Naive, Setting
+from bench.continual.learner import Divided, Naive
 from bench.continual.problem import BATCH, Problem
 from bench.stream import Stream
 from neusemslice.maintain import TaskSet
@@ -24,10 +25,16 @@ PROFILED = 2000
 class Ours(Naive):
     """Extension."""
 
+    settings = (
+        Divided(3e-3),
+        Divided(1e-2, old_rate=1e-2),
+        Divided(1e-2, first=1.3, fresh=False),
+    )
     replay: ClassVar[float] = 0.0
 
-    def __init__(self, problem: Problem, base: nn.Module, setting: Setting, seed: int) -> None:
+    def __init__(self, problem: Problem, base: nn.Module, setting: Divided, seed: int) -> None:
         super().__init__(problem, base, setting, seed)
+        self.setting: Divided = setting
         self.model = base
         self.names = ["old"]
 
@@ -48,11 +55,13 @@ class Ours(Naive):
                 name=self.names[-1],
                 old=self.old if first or self.replay else None,
                 replay=self.replay,
-                capacity=1 - 1 / len(problem.tasks) if first else None,
+                capacity=1 - self.setting.first / len(problem.tasks) if first else None,
                 reserve=1 - 1 / left,
+                fresh=self.setting.fresh,
                 epochs=problem.epochs,
                 old_epochs=problem.old_epochs,
                 lr=self.setting.rate,
+                old_lr=self.setting.old_rate,
             )
         if first:
             with found.frozen.applied(found.base):

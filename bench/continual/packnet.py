@@ -6,7 +6,8 @@ at 0, trains them alone, and reads all weights so far. A task is answered with t
 own and of earlier tasks. As published, biases and batch norms stay as the first task left them;
 ``PackNetNorms`` gives each task batch norms of its own, which ours has too.
 
-Each task gets the same share of the weights; the last one has what is left.
+Each task gets the same share of the weights, or the first one somewhat more; the last one has what
+is left.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bench.continual.learner import Naive, Setting
+from bench.continual.learner import Divided, Naive
 from bench.continual.problem import Problem
 from bench.stream import Stream
 
@@ -22,10 +23,16 @@ from bench.stream import Stream
 class PackNet(Naive):
     """Trains the weights that are left."""
 
+    settings = (
+        Divided(3e-3),
+        Divided(1e-2, old_rate=1e-2),
+        Divided(1e-2, first=1.3),
+    )
     norms_per_task = False
 
-    def __init__(self, problem: Problem, base: nn.Module, setting: Setting, seed: int) -> None:
+    def __init__(self, problem: Problem, base: nn.Module, setting: Divided, seed: int) -> None:
         super().__init__(problem, base, setting, seed)
+        self.setting: Divided = setting
         self.weights = [
             m.weight for m in self.backbone.modules() if isinstance(m, (nn.Conv2d, nn.Linear))
         ]
@@ -37,13 +44,14 @@ class PackNet(Naive):
     def prepare(self, old: Stream) -> None:
         """Prunes what the last task owns to its share, and trains the rest again."""
         task = len(self.classes) - 1
-        left = len(self.problem.tasks) - task
+        kept = (1 if task else self.setting.first) / (len(self.problem.tasks) - task)
         for weight, owner in zip(self.weights, self.owner, strict=True):
-            prune(weight, owner, task, 1 / left)
+            prune(weight, owner, task, kept)
         self.mode()
         if task == 0:
             self.backbone.train()  # the first task's norms and biases have to fit what is left
-        self._train(old, self.problem.old_epochs, with_biases=task == 0)
+        rate = self.setting.rate if task else self.setting.old_rate
+        self._train(old, self.problem.old_epochs, rate, with_biases=task == 0)
         self._keep_norms(task)
 
     def train_on(self, new: Stream) -> None:
@@ -51,7 +59,7 @@ class PackNet(Naive):
         for owner in self.owner:
             owner[owner == FREE] = task
         self.mode()
-        self._train(new, self.problem.epochs, with_biases=False)
+        self._train(new, self.problem.epochs, self.setting.rate, with_biases=False)
         self._keep_norms(task)
 
     def mode(self) -> None:
@@ -60,7 +68,7 @@ class PackNet(Naive):
             for norm in self.norms:
                 norm.train()
 
-    def _train(self, stream: Stream, epochs: int, with_biases: bool) -> None:
+    def _train(self, stream: Stream, epochs: int, rate: float, with_biases: bool) -> None:
         task = len(self.classes) - 1
         self.fixed = [
             (weight, owner != task, weight.detach().clone())
@@ -72,7 +80,7 @@ class PackNet(Naive):
             chosen += [p for p in self.backbone.parameters() if id(p) not in weights]
         elif self.norms_per_task:
             chosen += [p for norm in self.norms for p in norm.parameters()]
-        self.fit([*chosen, *self.heads[-1].parameters()], stream, epochs)
+        self.fit([*chosen, *self.heads[-1].parameters()], stream, epochs, rate)
 
     @torch.no_grad()
     def stepped(self) -> None:

@@ -95,6 +95,7 @@ def extend(
     epochs: int = 10,
     old_epochs: int = 2,
     lr: float = 3e-3,
+    old_lr: float | None = None,
     weight_decay: float = 1e-2,
 ) -> Extended:
     """Teaches a copy of the model new classes; old answers stay bit-identical.
@@ -121,7 +122,8 @@ def extend(
             before; from then on they keep their bits.
         fresh: whether free neurons start anew; otherwise from the weights that they have.
         epochs, lr, weight_decay: of the training with ``MaskedAdamW``; ``lr`` falls to 0.
-        old_epochs: of consolidation.
+        old_epochs, old_lr: of consolidation; ``old_lr`` is ``lr`` if it is not given. Neurons that
+            know the old classes may want a lower one than those that learn new classes.
 
     Raises:
         ValueError: for a slicing of another model, a share out of range, a model without a free
@@ -155,7 +157,12 @@ def extend(
     base, consolidation = widened, None
     if old is not None and tasks is not model:
         backbone, consolidation = consolidate(
-            widened.backbone, ~widened.free, old, old_epochs, lr, weight_decay
+            widened.backbone,
+            ~widened.free,
+            old,
+            old_epochs,
+            lr if old_lr is None else old_lr,
+            weight_decay,
         )
         (first,) = widened.tasks.values()
         base = TaskSet(backbone, widened.head, (first,), {}, {})
