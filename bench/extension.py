@@ -8,8 +8,9 @@ five tasks of two classes each. The network after the first task is the same for
 see the same images in batches of 128 (AdamW, learning rate falling linearly to 0) and take the same
 steps on new classes; ours and PackNet also take the same steps on old ones before. ResNet-20 is
 trained in mixed precision (bfloat16) by all, and answers in float32. Each method chooses among the
-same number of settings by short runs from the first seed's network, on training images that no run
-trains on, by the mean accuracy of both tasks. Test images are looked at after the last step.
+same number of settings (learning rates; a penalty's strength; how the network is divided) by short
+runs from the first seed's network, on training images that no run trains on, by the mean accuracy
+of all tasks. Test images are looked at after the last step.
 
 Problem by problem, a seed is finished for all methods before the next one begins; results are
 written after each, and ``bench/runs.py`` says how an interrupted study goes on.
@@ -21,7 +22,7 @@ import argparse
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -84,7 +85,7 @@ COLUMNS = (
     Column("bwt", "BWT, points", "number"),
     Column("forgetting", "forgetting, points", "number", in_summary=True),
     Column("unchanged", "answers unchanged %", "number", in_summary=True),
-    Column("rate", "learning rate", "text"),
+    Column("setting", "learning rate", "text"),
     Column("minutes", "minutes", "number"),
 )
 NOTE = (
@@ -143,20 +144,20 @@ def same_bits(before: Tensor, after: Tensor) -> float:
 
 
 class Study:
-    """Runs what is not kept yet.
+    """Runs what is not kept yet of a problem.
 
     Args:
-        problems: those of one data set; settings are chosen with the first.
+        steps: of a pass in the short runs with which settings are chosen.
     """
 
-    def __init__(self, problems: tuple[Problem, ...], kept: Runs, steps: int) -> None:
-        self.problems, self.kept, self.steps = problems, kept, steps
+    def __init__(self, problem: Problem, kept: Runs, steps: int) -> None:
+        self.problem, self.kept, self.steps = problem, kept, steps
 
     def chosen(self, name: str) -> Setting:
         """The setting that is best on validation images after few steps."""
         found = {}
         name = SETTING_OF.get(name, name)
-        method, problem = METHODS[name], self.problems[0]
+        method, problem = METHODS[name], self.problem
         for setting in method.settings:
             run = partial(self.tried, method, setting)
             what = f"{problem.key}, {problem.settings}, {name}, {setting}"
@@ -165,24 +166,25 @@ class Study:
         return max(found, key=lambda setting: found[setting])
 
     def tried(self, method: type[Naive], setting: Setting) -> float:
-        problem = self.problems[0]
+        problem = self.problem
         short = dataclasses.replace(
             problem, test=problem.validation, epochs=1, old_epochs=1, longest=self.steps
         )
         last = measured(short, problem.base(0), method, setting, 0)["matrix"][-1]
         return statistics.mean(last)
 
-    def run(self, problem: Problem, name: str, seed: int) -> dict[str, Any]:
-        setting = self.chosen(name)
+    def run(self, name: str, seed: int) -> dict[str, Any]:
+        problem, setting = self.problem, self.chosen(name)
         key = f"{problem.key}, {problem.settings}, {name}, {setting}, seed {seed}"
         return self.kept.once(
             key, lambda: measured(problem, problem.base(seed), METHODS[name], setting, seed)
         )
 
-    def results(self, problem: Problem, seeds: tuple[int, ...]) -> list[Result]:
+    def results(self, seeds: tuple[int, ...]) -> list[Result]:
         """A row for each method."""
-        methods = applicable(METHODS if problem is self.problems[0] else IN_A_ROW, problem)
-        runs = {name: [self.run(problem, name, seed) for seed in seeds] for name in methods}
+        problem = self.problem
+        methods = applicable(METHODS if len(problem.tasks) == 2 else IN_A_ROW, problem)
+        runs = {name: [self.run(name, seed) for seed in seeds] for name in methods}
         base = statistics.mean(run["matrix"][0][0] for run in runs["naive"])
         rows = [Result(f"{problem.key}: before", {"old": base})]
         matrices = {name: [square(run["matrix"]) for run in found] for name, found in runs.items()}
@@ -199,7 +201,7 @@ class Study:
                 "bwt": 100 * statistics.mean(map(backward_transfer, matrices[name])),
                 "forgetting": 100 * statistics.mean(map(forgetting, matrices[name])),
                 "unchanged": min(run["unchanged"] for run in found),
-                "rate": f"{self.chosen(name).rate:g}",
+                "setting": self.chosen(name).shown,
                 "minutes": statistics.mean(run["minutes"] for run in found),
             }
             if name == "ours":
@@ -222,14 +224,14 @@ def applicable(names: Iterable[str], problem: Problem) -> list[str]:
     return [name for name in names if norms or METHODS[name] is not PackNetNorms]
 
 
-def studies(quick: bool) -> list[Callable[[], tuple[Problem, ...]]]:
-    """The problems of each data set that is here."""
+def problems(quick: bool) -> list[Problem]:
+    """Those of each data set that is here."""
     splits = (halves(10), pairs(10))
-    found: list[Callable[[], tuple[Problem, ...]]] = []
+    found = []
     if mnist.missing() is None:
-        found.append(lambda: tuple(mnist_problem(split, quick) for split in splits))
+        found += [mnist_problem(split, quick) for split in splits]
     if not quick and cifar.missing() is None:
-        found.append(lambda: tuple(cifar_problem(split) for split in splits))
+        found += [cifar_problem(split) for split in splits]
     return found
 
 
@@ -237,10 +239,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one data set, few images, one seed")
     quick = parser.parse_args().quick
-    if not (made := studies(quick)):
+    if not (given := problems(quick)):
         raise SystemExit(f"bench.extension: {mnist.missing()}; {cifar.missing()}")
     kept = Runs(None if quick else KEPT)
-    all_studies = [Study(make(), kept, 2 if quick else SEARCH_STEPS) for make in made]
     target = Target(
         "extension",
         "Extension",
@@ -250,15 +251,15 @@ def main() -> None:
     )
     section = Section("extension", "New classes after old ones", NOTE, COLUMNS, [])
     finished: list[Result] = []
-    for study in all_studies:
-        for problem in study.problems:
-            for last in range(1 if quick else len(SEEDS)):
-                rows = study.results(problem, SEEDS[: last + 1])
-                section.results = finished + rows
-                section.show(Console(width=200))
-                if not quick:
-                    print(f"wrote {section.write(target)}")
-            finished += rows
+    for problem in given:
+        study = Study(problem, kept, 2 if quick else SEARCH_STEPS)
+        for last in range(1 if quick else len(SEEDS)):
+            rows = study.results(SEEDS[: last + 1])
+            section.results = finished + rows
+            section.show(Console(width=200))
+            if not quick:
+                print(f"wrote {section.write(target)}")
+        finished += rows
     print(section.summary())
 
 

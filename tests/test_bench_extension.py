@@ -320,9 +320,9 @@ def test_a_finished_run_is_not_repeated(tmp_path, digits, base, monkeypatch):
     monkeypatch.setattr(Problem, "base", lambda self, seed: base)
     kept = tmp_path / "kept.json"
     short = replace(digits, longest=2)
-    first = extension.Study((short,), extension.Runs(kept), 2).run(short, "new head only", 0)
+    first = extension.Study(short, extension.Runs(kept), 2).run("new head only", 0)
     monkeypatch.setattr(extension, "measured", None)
-    again = extension.Study((short,), extension.Runs(kept), 2).run(short, "new head only", 0)
+    again = extension.Study(short, extension.Runs(kept), 2).run("new head only", 0)
     assert again == first
 
 

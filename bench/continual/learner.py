@@ -32,6 +32,11 @@ class Setting:
     rate: float
     strength: float = 0.0
 
+    @property
+    def shown(self) -> str:
+        """As tables have it."""
+        return f"{self.rate:g}" + (f", penalty {self.strength:g}" if self.strength else "")
+
 
 @dataclass(frozen=True)
 class Divided(Setting):
@@ -39,13 +44,28 @@ class Divided(Setting):
 
     Attributes:
         old_rate: learning rate with which the first task's part is trained to do alone.
-        first: what the first task keeps, in equal shares.
+        first: what the first of two tasks keeps, in equal shares.
         fresh: whether what is free starts anew.
     """
 
     old_rate: float = 3e-3
     first: float = 1.0
     fresh: bool = True
+
+    @property
+    def shown(self) -> str:
+        parts = [super().shown]
+        if self.old_rate != self.rate:
+            parts.append(f"old {self.old_rate:g}")
+        if self.first != 1:
+            parts.append(f"of two the first keeps {self.first / 2:.0%}")
+        if not self.fresh:
+            parts.append("free ones keep weights")
+        return ", ".join(parts)
+
+    def kept(self, tasks: int) -> float:
+        """Share of the network that the first of so many tasks keeps: equal, but for two."""
+        return (self.first if tasks == 2 else 1.0) / tasks
 
 
 RATES = tuple(Setting(rate) for rate in (1e-3, 3e-3, 1e-2))

@@ -1,8 +1,8 @@
 """Ours: earlier tasks' neurons are frozen, free ones learn the next task (``neusemslice.extend``).
 
-With ``T`` tasks each gets a T-th of the neurons of each layer that can be freed, or the first one
-somewhat more. The first task's are trained to stand alone with old images, for as many steps as
-PackNet trains after pruning.
+With ``T`` tasks each gets a T-th of the neurons of each layer that can be freed; of two the first
+may keep somewhat more. The first task's are trained to stand alone with old images, for as many
+steps as PackNet trains after pruning.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Ours(Naive):
                 name=self.names[-1],
                 old=self.old if first or self.replay else None,
                 replay=self.replay,
-                capacity=1 - self.setting.first / len(problem.tasks) if first else None,
+                capacity=1 - self.setting.kept(len(problem.tasks)) if first else None,
                 reserve=1 - 1 / left,
                 fresh=self.setting.fresh,
                 epochs=problem.epochs,

@@ -6,8 +6,8 @@ at 0, trains them alone, and reads all weights so far. A task is answered with t
 own and of earlier tasks. As published, biases and batch norms stay as the first task left them;
 ``PackNetNorms`` gives each task batch norms of its own, which ours has too.
 
-Each task gets the same share of the weights, or the first one somewhat more; the last one has what
-is left.
+Each task gets the same share of the weights, but of two the first may keep somewhat more; the last
+one has what is left.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class PackNet(Naive):
     def prepare(self, old: Stream) -> None:
         """Prunes what the last task owns to its share, and trains the rest again."""
         task = len(self.classes) - 1
-        kept = (1 if task else self.setting.first) / (len(self.problem.tasks) - task)
+        tasks = len(self.problem.tasks)
+        kept = 1 / (tasks - task) if task else self.setting.kept(tasks)
         for weight, owner in zip(self.weights, self.owner, strict=True):
             prune(weight, owner, task, kept)
         self.mode()
