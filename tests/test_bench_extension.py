@@ -13,57 +13,22 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench import extension, mnist
-from bench.cifar import Images
 from bench.continual.deeparc import DeepArc, redundant
 from bench.continual.ewc import EWC, SAMPLES
 from bench.continual.learner import Divided, HeadOnly, Naive, Setting
 from bench.continual.lwf import TEMPERATURE, LwF, distillation
 from bench.continual.ours import Ours
 from bench.continual.packnet import FREE, PackNet, PackNetNorms, prune
-from bench.continual.problem import Problem, halves, local, pairs
+from bench.continual.problem import Problem, digits_problem, halves, local, pairs
 from bench.continual.replay import Replay10, with_replay
-from neusemslice.data import load_digits
 
 needs_mnist = pytest.mark.skipif(mnist.missing() is not None, reason=str(mnist.missing()))
 SETTING = Divided(1e-2, 1.0, old_rate=1e-2)
 
 
-def network(outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3),
-        nn.BatchNorm2d(8),
-        nn.ReLU(),
-        nn.Conv2d(8, 10, 3),
-        nn.BatchNorm2d(10),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(160, outputs),
-    )
-
-
-def problem(tasks) -> Problem:
-    """Scikit-learn's digits."""
-    data = load_digits()
-    seen = Images((data.train_images * 16).byte(), data.train_labels)
-    test = Images((data.test_images * 16).byte(), data.test_labels)
-    return Problem(
-        "digits",
-        network,
-        tasks,
-        seen,
-        test,
-        test,
-        lambda pixels: pixels.float() / 16,
-        lambda pixels, _: pixels.float() / 16,
-        base_epochs=3,
-        epochs=2,
-        old_epochs=1,
-    )
-
-
 @pytest.fixture(scope="module")
 def digits() -> Problem:
-    return problem(halves(10))
+    return digits_problem(halves(10))
 
 
 @pytest.fixture(scope="module")
@@ -232,8 +197,8 @@ class TestPackNet:
 
     @pytest.mark.parametrize("method", [PackNet, PackNetNorms])
     def test_earlier_tasks_never_change_and_have_equal_shares(self, method):
-        several = problem(pairs(10))
-        model = network(2).eval().to(memory_format=torch.channels_last)
+        several = digits_problem(pairs(10))
+        model = several.network(2).eval().to(memory_format=torch.channels_last)
         learner = method(several, model, SETTING, 0)
         kept = []
         for number, classes in enumerate(several.tasks[1:], 1):

@@ -1,8 +1,7 @@
 """What is to be learned: images of classes that come in groups, one group after another.
 
-A problem splits the classes of a data set into tasks. The last images of a fixed random order of
-the training images are for validation only: learning rates are chosen with them, and no run trains
-on them. Test images are looked at after the last step.
+A problem splits the classes of a data set into tasks. Settings are chosen with validation images.
+Test images are looked at after the last step.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from bench import cifar, mnist
+from bench import cifar, datasets, mnist
 from bench.cifar import Images
 from bench.stream import Stream
 
@@ -155,52 +154,71 @@ def pairs(classes: int) -> tuple[tuple[int, ...], ...]:
 
 def cifar_problem(tasks: tuple[tuple[int, ...], ...]) -> Problem:
     """CIFAR-10 as JPEGs, and ResNet-20, trained in mixed precision."""
-    return Problem(
+    return _problem(
         f"cifar-{len(tasks)}",
+        datasets.cifar10(),
         lambda outputs: cifar.MixedResNet(3, outputs),
         tasks,
-        *_parts(cifar.load("train")),
-        cifar.load("test"),
-        cifar.normalised,
-        cifar.prepared,
-        base_epochs=8,
-        epochs=3,
-        old_epochs=2,
+        epochs=(8, 3, 2),
     )
 
 
 def mnist_problem(tasks: tuple[tuple[int, ...], ...], quick: bool = False) -> Problem:
     """MNIST, or some of its images, and LeNet-5."""
-    data = mnist.load()
 
     def network(outputs: int) -> nn.Module:
         model = mnist.lenet()
         model[-1] = nn.Linear(model[-1].in_features, outputs)
         return model
 
-    made = Problem(
-        f"mnist-{len(tasks)}",
-        network,
-        tasks,
-        *_parts(Images((data.train_images * 255).round().byte(), data.train_labels)),
-        Images((data.test_images * 255).round().byte(), data.test_labels),
-        lambda pixels: pixels.float() / 255,
-        lambda pixels, _: pixels.float() / 255,
-        base_epochs=2,
-        epochs=1,
-        old_epochs=1,
-    )
+    data = datasets.mnist_digits()
+    made = _problem(f"mnist-{len(tasks)}", data, network, tasks, epochs=(2, 1, 1))
     if not quick:
         return made
     few = (made.train[:2000], made.validation[:200], made.test[:500])
     return replace(made, train=few[0], validation=few[1], test=few[2])
 
 
-def _parts(images: Images) -> tuple[Images, Images]:
-    """For training, and for validation."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    held = len(images) // 10
-    return images[order[:-held]], images[order[-held:]]
+def digits_problem(tasks: tuple[tuple[int, ...], ...]) -> Problem:
+    """Scikit-learn's digits, and a network of two convolutions."""
+
+    def network(outputs: int) -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(1, 8, 3),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 10, 3),
+            nn.BatchNorm2d(10),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(160, outputs),
+        )
+
+    data = datasets.small_digits()
+    return _problem(f"digits-{len(tasks)}", data, network, tasks, epochs=(3, 2, 1))
+
+
+def _problem(
+    key: str,
+    data: datasets.Data,
+    network: Callable[[int], nn.Module],
+    tasks: tuple[tuple[int, ...], ...],
+    epochs: tuple[int, int, int],
+) -> Problem:
+    base, each, old = epochs
+    return Problem(
+        key,
+        network,
+        tasks,
+        data.train,
+        data.validation,
+        data.test,
+        data.normalised,
+        data.prepared,
+        base_epochs=base,
+        epochs=each,
+        old_epochs=old,
+    )
 
 
 def _keep(model: nn.Module, path: Path) -> None:
