@@ -156,7 +156,7 @@ class Section:
             "commit": _commit(),
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         }
-        RESULTS.mkdir(exist_ok=True)
+        data_file.parent.mkdir(parents=True, exist_ok=True)
         data_file.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
         page = data_file.with_suffix(".md")
         page.write_text(_page(target, data["sections"]))

@@ -78,7 +78,7 @@ class Problem:
         settings = f"{len(images)}-{self.base_epochs}-{BATCH}-{BASE_RATE:g}-{DECAY:g}-{seed}"
         kept = cifar.CACHE / f"base-{self.key}-{settings}.safetensors"
         if not kept.exists():
-            _keep(self._trained_base(images, seed), kept)
+            keep(self._trained_base(images, seed), kept)
         model = self.network(len(classes))
         model.load_state_dict(load_file(kept))
         return model.eval()
@@ -221,7 +221,8 @@ def _problem(
     )
 
 
-def _keep(model: nn.Module, path: Path) -> None:
+def keep(model: nn.Module, path: Path) -> None:
+    """Writes a network's tensors to a file that is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     save_file({name: t.contiguous() for name, t in model.state_dict().items()}, new)

@@ -1,0 +1,85 @@
+"""Figures of the study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+COLOURS = ("#c2703d", "#2f5d8a", "#7aa6c9", "#6b8f4e", "#8c6bb1", "#999999")
+
+Lines = Mapping[str, tuple[NDArray[Any], NDArray[Any]]]
+"""By what a line shows: x ``[P]``, and y ``[seeds, P]``."""
+
+
+def curves(panels: Mapping[str, Lines], columns: int, x: str, y: str, path: Path) -> None:
+    """Panels by title, in rows of so many; lines are means, bands standard deviations."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.7 * columns, 2.4 * rows + 0.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
+        for colour, (name, (at, values)) in zip(COLOURS, lines.items(), strict=False):
+            middle, deviation = values.mean(0), values.std(0)
+            axis.plot(at, middle, color=colour, label=name, linewidth=1.6)
+            axis.fill_between(at, middle - deviation, middle + deviation, color=colour, alpha=0.2)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(title, fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel(x, fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(y, fontsize=8)
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncol=len(labels), frameon=False, fontsize=8
+    )
+    figure.savefig(path, dpi=110)
+
+
+Bars = Mapping[str, Mapping[str, Sequence[float]]]
+"""By method, and by what a bar shows: a value for each seed."""
+
+
+def bars(panels: Mapping[str, Bars], x: str, path: Path) -> None:
+    """Panels by title; a group of bars for each method, with standard deviations."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    most = max(len(methods) for methods in panels.values())
+    figure = Figure(figsize=(5.5 * len(panels), 0.42 * most + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, methods) in zip(axes, panels.items(), strict=True):
+        shown = list(next(iter(methods.values())))
+        height = 0.8 / len(shown)
+        for number, (colour, kind) in enumerate(zip(COLOURS, shown, strict=False)):
+            values = [methods[name][kind] for name in methods]
+            axis.barh(
+                np.arange(len(methods)) + (number - (len(shown) - 1) / 2) * height,
+                [float(np.mean(v)) for v in values],
+                height,
+                xerr=[float(np.std(v)) for v in values],
+                color=colour,
+                label=kind,
+                error_kw={"linewidth": 0.8},
+            )
+        axis.set_yticks(range(len(methods)), list(methods), fontsize=8)
+        for label in axis.get_yticklabels():
+            label.set_fontweight("bold" if label.get_text().startswith("ours") else "normal")
+        axis.invert_yaxis()
+        axis.grid(axis="x", color="#dddddd", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel(x, fontsize=8)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncol=len(labels), frameon=False, fontsize=8
+    )
+    figure.savefig(path, dpi=110)

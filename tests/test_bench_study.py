@@ -1,0 +1,104 @@
+"""The study: what its figures mean, and that every question is answered quickly on small data."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.study import figures, networks, rq1
+from bench.study.outcome import SPREAD, Outcome, spread
+
+
+def test_a_curve_runs_from_the_whole_network_to_chance():
+    found = rq1.curve([(0.5, 0.8), (0.5, 0.6), (0.0, 0.1)], whole=0.9, chance=0.1)
+    rates = rq1.RATES
+    assert found[0] == 0.9
+    assert found[-1] == pytest.approx(0.1)
+    assert found[np.searchsorted(rates, 0.5)] == pytest.approx(0.7)
+    area = 0.5 * (0.9 + 0.7) / 2 + 0.5 * (0.7 + 0.1) / 2
+    assert np.trapezoid(found, rates) == pytest.approx(area)
+
+
+def test_accuracy_is_counted_by_class():
+    right = torch.tensor([True, False, True, True])
+    assert rq1.by_class(right, torch.tensor([1, 1, 0, 1])) == [1.0, pytest.approx(2 / 3, abs=1e-5)]
+
+
+def test_a_row_tells_its_seeds():
+    assert spread([1.0, 2.0, 6.0]) == {
+        "seeds": 3,
+        "mean": 3.0,
+        "std": pytest.approx(np.std([1, 2, 6], ddof=1)),
+    }
+    assert spread([1.0])["std"] is None
+
+
+def test_networks_are_the_same_for_the_same_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(networks.cifar, "CACHE", tmp_path)
+    one, again, other = (networks.DIGITS._train(seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(again[key], value) for key, value in one.items())
+    assert not any(torch.equal(other[key], value) for key, value in one.items())
+    kept = [networks.DIGITS.trained(0).state_dict() for _ in range(2)]
+    assert all(torch.equal(value, one[key]) for own in kept for key, value in own.items())
+
+
+@pytest.mark.parametrize("network", networks.NETWORKS, ids=lambda network: network.name)
+def test_every_network_answers_images_of_its_data_set(network):
+    if network.name.startswith("ViT"):
+        pytest.importorskip("transformers")
+    shape = (1, 28, 28) if "MNIST" in network.name else (3, 32, 32)
+    with torch.no_grad():
+        assert network.make().eval()(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+def test_an_outcome_is_a_page_a_file_of_data_and_a_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.report.RESULTS", tmp_path)
+    pytest.importorskip("matplotlib")
+    rows = [rq1.Result("a", spread([1.0, 3.0])), rq1.Result("b", spread([2.0]))]
+    lines = {"a": {"one": (np.arange(3), np.ones((2, 3)))}, "b": {}}
+    outcome = Outcome(
+        "What?",
+        [rq1.Section("rq", "Title", "Note", SPREAD, rows)],
+        lambda path: figures.curves(lines, 2, "x", "y", path),
+    )
+    page = outcome.write("rq9")
+    assert {p.name for p in page.parent.iterdir()} == {"rq9.md", "rq9.json", "rq9.png"}
+    assert "| a | 2 | 2.00 | 1.41 |" in page.read_text()
+    section = json.loads(page.with_suffix(".json").read_text())["sections"]["rq"]
+    assert section["results"][1]["values"] == {"seeds": 1, "mean": 2.0, "std": None}
+    assert json.loads(outcome.summary())["a"] == {"seeds": 2, "mean": 2.0, "std": 1.414}
+
+
+def test_bars_have_a_group_for_each_method(tmp_path):
+    pytest.importorskip("matplotlib")
+    panel = {"ours": {"A": [90.0, 91.0], "B": [80.0, 82.0]}, "theirs": {"A": [1.0], "B": [2.0]}}
+    figures.bars({"one": panel, "two": panel}, "x", tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("question", "rows"),
+    [("rq1", ("digits: taylor, semantic", "digits: avg, category")), ("rq4", ("digits-2: ours",))],
+)
+def test_a_question_is_answered_on_small_data(question, rows):
+    result = subprocess.run(
+        [sys.executable, "-m", "bench.study", question, "--quick"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    for row in found.values():
+        assert row["seeds"] == 2
+        assert 0 < row["mean"] <= 100
+        assert row["std"] >= 0
+    assert set(rows) <= found.keys()
