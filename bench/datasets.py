@@ -24,6 +24,7 @@ class Data:
     Attributes:
         name: for tables.
         classes: their names.
+        white: the largest value of a pixel.
         train, validation, test: images of all classes.
         normalised: from uint8 to what a network takes.
         prepared: the same for training, where images may be changed by chance.
@@ -31,6 +32,7 @@ class Data:
 
     name: str
     classes: tuple[str, ...]
+    white: int
     train: Images
     validation: Images
     test: Images
@@ -44,6 +46,7 @@ def cifar10() -> Data:
     return Data(
         "CIFAR-10",
         cifar.CLASSES,
+        255,
         train,
         validation,
         cifar.load("test"),
@@ -81,6 +84,7 @@ def _digits(name: str, white: int, train: Images, test: Images) -> Data:
     return Data(
         name,
         tuple(str(digit) for digit in range(10)),
+        white,
         *_parts(train),
         test,
         normalised,

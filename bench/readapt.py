@@ -37,17 +37,20 @@ from bench.runs import RUNS, Runs
 from bench.stream import Stream, random_parts
 from bench.tuning import (
     BUDGET,
-    DECAY,
+    DEEPARC,
     METHODS,
+    Choice,
     network,
     observe,
     random_neurons,
+    redundant_layers,
     right,
     some,
     step,
+    tune,
     tuning,
 )
-from neusemslice.maintain import fit, recalibrate
+from neusemslice.maintain import recalibrate
 from neusemslice.maintain.drift import choose, component_drift, neuron_drift
 from neusemslice.maintain.readapt import profiled_batches
 
@@ -87,14 +90,6 @@ class Setting:
     @property
     def name(self) -> str:
         return f"{self.network}, {self.samples:,} new samples, {self.steps} steps"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a method chooses on validation images."""
-
-    rate: float
-    renewed: bool
 
 
 @dataclass(frozen=True)
@@ -184,33 +179,10 @@ class Study(Runs):
         """A network after tuning, and neurons: those tuned by rows, or those that ours tunes."""
         model = network(setting.network, cifar.MixedResNet)
         slicing = self.slicing(setting.network)
-        if method == "ours":
-            found = nss.readapt(
-                model,
-                slicing,
-                stream,
-                BUDGET,
-                validation=None,
-                recalibrate=choice.renewed,
-                epochs=1,
-                lr=choice.rate,
-                weight_decay=DECAY,
-            )
-            return found.model, found.tuned
-        by_rows = method == "random neurons"
-        rows = random_neurons(slicing, seed) if by_rows else self.ours(setting.network)
-        if choice.renewed and by_rows:
-            recalibrate(model, stream)
-        with tuning(method, model, rows, choice.rate) as (adapted, optimizer):
-            fit(
-                adapted,
-                stream,
-                optimizer,
-                1,
-                what=method,
-                freeze_statistics=by_rows or not choice.renewed,
-            )
-        return adapted, rows
+        chance = method == "random neurons"
+        rows = random_neurons(slicing, seed) if chance else self.ours(setting.network)
+        found = tune(method, model, slicing, rows, choice, stream)
+        return found.model, found.neurons
 
     def search(self, method: str, setting: Setting) -> Choice:
         """The choice that is best on validation images after few steps."""
@@ -246,20 +218,25 @@ class Study(Runs):
         Steps of all methods are interleaved; so are profiled batches, as ``"profile"``.
         """
         slicing = self.slicing(name)
-        x, y = next(iter(Stream(self.images, self.size.batch, 1, 0)))
+        batches = Stream(self.images, self.size.batch, 1, 0)
+        x, y = next(iter(batches))
         runs: dict[str, Callable[[], object]] = {}
         counts = {}
         with ExitStack() as stack:
             for method in METHODS:
                 by_rows = method == "random neurons"
                 neurons = random_neurons(slicing, 0) if by_rows else self.ours(name)
-                model, optimizer = stack.enter_context(tuning(method, network(name), neurons, 1e-4))
+                untuned = network(name)
+                layers = redundant_layers(untuned, batches) if method == DEEPARC else ()
+                model, optimizer = stack.enter_context(
+                    tuning(method, untuned, neurons, 1e-4, layers)
+                )
                 trained = [p for group in optimizer.param_groups for p in group["params"]]
                 for parameter in model.parameters():
                     parameter.requires_grad_(False)
                 for parameter in trained:
                     parameter.requires_grad_(True)
-                model.train(method in ("full", "batch norms"))
+                model.train(method in ("full", "batch norms", DEEPARC))
                 counts[method] = sum(p.numel() for p in trained)
                 runs[method] = partial(step, model, optimizer, x, y)
             observed = network(name)

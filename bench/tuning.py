@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import peft
 import torch
@@ -13,11 +14,98 @@ from torch import Tensor, nn
 
 import neusemslice as nss
 from bench import cifar
+from bench.continual.deeparc import BATCHES, redundant, with_norms
+from bench.stream import Stream
+from neusemslice.maintain import fit, recalibrate
 from neusemslice.optim import MaskedAdamW, row_gradients
 
 BUDGET = 0.2
 DECAY = 1e-2
-METHODS = ("ours", "full", "last layer", "random neurons", "batch norms", "LoRA")
+DEEPARC = "redundant layers (DeepArc)"
+METHODS = ("ours", "full", "last layer", "random neurons", "batch norms", "LoRA", DEEPARC)
+BY_ROWS = ("ours", "random neurons")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a method chooses on validation images.
+
+    Attributes:
+        rate: learning rate.
+        renewed: whether batch norms get the running statistics of the new images.
+    """
+
+    rate: float
+    renewed: bool
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned network.
+
+    Attributes:
+        neurons: those that were tuned, of methods that tune by rows.
+        parameters: how many were trained.
+        state: bytes that the optimizer held.
+    """
+
+    model: nn.Module
+    neurons: nss.Slice
+    parameters: int
+    state: int
+
+
+def tune(
+    method: str,
+    model: nn.Module,
+    slicing: nss.SemanticSlicing,
+    rows: nss.Slice,
+    choice: Choice,
+    stream: Stream,
+) -> Tuned:
+    """Tunes a network in place, or ours a copy, with the batches of one pass.
+
+    Args:
+        slicing: of the network as it knows the old images.
+        rows: the neurons that random choice tunes, and that LoRA's rank is measured by.
+    """
+    if method == "ours":
+        found = nss.readapt(
+            model,
+            slicing,
+            stream,
+            BUDGET,
+            validation=None,
+            recalibrate=choice.renewed,
+            epochs=1,
+            lr=choice.rate,
+            weight_decay=DECAY,
+        )
+        report = found.report
+        return Tuned(
+            found.model, found.tuned, report.tuned_parameters, report.training.optimizer_bytes
+        )
+    by_rows = method in BY_ROWS
+    if choice.renewed and by_rows:
+        recalibrate(model, stream)
+    layers = redundant_layers(model, stream) if method == DEEPARC else ()
+    with tuning(method, model, rows, choice.rate, layers) as (adapted, optimizer):
+        trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+        training = fit(
+            adapted,
+            stream,
+            optimizer,
+            1,
+            what=method,
+            freeze_statistics=by_rows or not choice.renewed,
+        )
+    return Tuned(adapted, rows, trained, training.optimizer_bytes)
+
+
+def redundant_layers(model: nn.Module, stream: Stream) -> list[str]:
+    """DeepArc's choice, from batches of the same images."""
+    few = Stream(stream.images, stream.size, BATCHES, 0, stream.prepared)
+    return redundant(model, list(few))
 
 
 def network(name: str, kind: type[cifar.ResNet] = cifar.ResNet) -> nn.Module:
@@ -27,11 +115,16 @@ def network(name: str, kind: type[cifar.ResNet] = cifar.ResNet) -> nn.Module:
 
 @contextmanager
 def tuning(
-    method: str, model: nn.Module, tuned: nss.Slice, rate: float
+    method: str, model: nn.Module, tuned: nss.Slice, rate: float, layers: Collection[str] = ()
 ) -> Iterator[tuple[nn.Module, torch.optim.Optimizer]]:
-    """Inside the block, a model to be trained with an optimizer, as a method does; in place."""
+    """Inside the block, a model to be trained with an optimizer, as a method does; in place.
+
+    Args:
+        tuned: the neurons, of methods that tune by rows.
+        layers: those that DeepArc chose.
+    """
     head = model.get_submodule(tuned.graph.outputs[0])
-    if method in ("ours", "random neurons"):
+    if method in BY_ROWS:
         groups = [*tuned.parameters(model), {"params": list(head.parameters())}]
         with row_gradients(model, groups) as rows:
             yield model, MaskedAdamW(rows.groups(), lr=rate, weight_decay=DECAY)
@@ -42,7 +135,12 @@ def tuning(
     else:
         adapted = model
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        modules = {"full": [model], "last layer": [head], "batch norms": norms}[method]
+        modules = {
+            "full": [model],
+            "last layer": [head],
+            "batch norms": norms,
+            DEEPARC: [*with_norms(model, layers), head],
+        }[method]
         chosen = [p for module in modules for p in module.parameters()]
     yield adapted, torch.optim.AdamW(chosen, lr=rate, weight_decay=DECAY, fused=True)
 

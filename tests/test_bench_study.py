@@ -84,9 +84,15 @@ def test_bars_have_a_group_for_each_method(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("question", "rows"),
-    [("rq1", ("digits: taylor, semantic", "digits: avg, category")), ("rq4", ("digits-2: ours",))],
+    [
+        ("rq1", ("digits: taylor, semantic", "digits: avg, category")),
+        ("rq3", ("adversarial, FGSM: ours", "damaged, weights drawn anew 30: LoRA")),
+        ("rq4", ("digits-2: ours",)),
+    ],
 )
 def test_a_question_is_answered_on_small_data(question, rows):
+    if question == "rq3":
+        pytest.importorskip("peft")
     result = subprocess.run(
         [sys.executable, "-m", "bench.study", question, "--quick"],
         cwd=Path(__file__).parents[1],

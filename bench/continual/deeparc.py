@@ -10,6 +10,7 @@ idea; the authors' code is not used.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Collection
 
 from torch import nn
 
@@ -39,15 +40,7 @@ class DeepArc(Naive):
             module.train()
 
     def layers(self) -> list[nn.Module]:
-        """The chosen layers, each with the norm behind it."""
-        modules = [(n, m) for n, m in self.backbone.named_modules() if not list(m.children())]
-        found = []
-        for (name, module), (_, behind) in itertools.pairwise([*modules, ("", nn.Identity())]):
-            if name in self.chosen:
-                found.append(module)
-                if isinstance(behind, nn.BatchNorm2d):
-                    found.append(behind)
-        return found
+        return with_norms(self.backbone, self.chosen)
 
     def trained(self) -> list[nn.Parameter]:
         return [p for module in self.layers() for p in module.parameters()]
@@ -61,3 +54,15 @@ def redundant(model: nn.Module, batches: list[object]) -> list[str]:
     if not above.any():
         above = alike == alike.max()
     return [found.sites[int(i) + 1] for i in above.nonzero()]
+
+
+def with_norms(model: nn.Module, names: Collection[str]) -> list[nn.Module]:
+    """Layers by name, each with the norm behind it."""
+    modules = [(n, m) for n, m in model.named_modules() if not list(m.children())]
+    found = []
+    for (name, module), (_, behind) in itertools.pairwise([*modules, ("", nn.Identity())]):
+        if name in names:
+            found.append(module)
+            if isinstance(behind, nn.BatchNorm2d):
+                found.append(behind)
+    return found

@@ -11,10 +11,14 @@ from collections.abc import Callable
 
 from rich.console import Console
 
-from bench.study import rq1, rq4
+from bench.study import rq1, rq3, rq4
 from bench.study.outcome import Outcome
 
-QUESTIONS: dict[str, Callable[[bool, int], Outcome]] = {"rq1": rq1.run, "rq4": rq4.run}
+QUESTIONS: dict[str, Callable[[bool, int], Outcome]] = {
+    "rq1": rq1.run,
+    "rq3": rq3.run,
+    "rq4": rq4.run,
+}
 
 
 def main() -> None:
