@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -43,6 +43,9 @@ from neusemslice.maintain import compress, finetune, parameter_count, score
 from neusemslice.maintain.sparsity import METHODS
 
 KEPT = RUNS / "compression.json"
+First = Literal["nothing", "slicing", "layers"]
+"""What is done to a model before it is compressed; bench/study/rq2.py removes layers."""
+FIRSTS: tuple[First, ...] = ("nothing", "slicing")
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 STEP = 0.2
 RATE = 1e-3
@@ -179,10 +182,14 @@ class Study(Runs):
                 return model, tried
         return self.subject.model, tried
 
-    def run(self, method: Any, granularity: Any, first: bool) -> dict[str, Any]:
+    def begin(self, first: First) -> tuple[nn.Module, int]:
+        """The model that compression goes on from, and the iterations that it took."""
+        return self.sliced if first == "slicing" else (self.subject.model, 0)
+
+    def run(self, method: Any, granularity: Any, first: First) -> dict[str, Any]:
         """What a run ends with, and the rates after each iteration."""
         own = self.subject
-        begin, before = self.sliced if first else (own.model, 0)
+        begin, before = self.begin(first)
         found = compress(
             begin,
             own.training(self.steps),
@@ -199,10 +206,10 @@ class Study(Runs):
         rates = [total / parameters for parameters in left[: found.report.iterations + 1]]
         return {
             "rate": rates[-1],
-            "rates": [1.0] * before + rates if first else rates,
+            "rates": [1.0] * before + rates if begin is not own.model else rates,
             "iterations": before + found.report.iterations,
             "accuracy": 100 * score(found.model, own.test, "test").accuracy,
-            "sliced": 100 * left[0] / total if first else None,
+            "sliced": 100 * left[0] / total if begin is not own.model else None,
         }
 
 
@@ -217,19 +224,21 @@ def study(
     for granularity, method in itertools.product(("neuron", "weight"), methods):
         found = {
             first: runs.once(
-                f"{subject.name}, {granularity}, {method}, slicing first {first}, {steps} steps",
+                f"{subject.name}, {granularity}, {method}, first {first}, {steps} steps",
                 partial(runs.run, method, granularity, first),
             )
-            for first in (False, True)
+            for first in FIRSTS
         }
-        without, sliced = found[False], found[True]
+        without, sliced = found["nothing"], found["slicing"]
         reached = next((i for i, r in enumerate(sliced["rates"]) if r >= without["rate"]), None)
         for first, values in found.items():
             shown = {**values, "lost": whole - values["accuracy"]}
-            if first:
+            if first == "slicing":
                 shown["vs_without"] = sliced["rate"] / without["rate"]
                 shown["saved"] = None if reached is None else without["iterations"] - reached
-            name = f"{subject.name}: {granularity}s, {method}{', slicing first' * first}"
+            name = f"{subject.name}: {granularity}s, {method}"
+            if first == "slicing":
+                name += ", slicing first"
             results.append(Result(name, {k: v for k, v in shown.items() if v is not None}))
     return results
 

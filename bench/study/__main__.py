@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from importlib import import_module
 
 from rich.console import Console
 
-from bench.study import rq1, rq3, rq4
 from bench.study.outcome import Outcome
 
-QUESTIONS: dict[str, Callable[[bool, int], Outcome]] = {
-    "rq1": rq1.run,
-    "rq3": rq3.run,
-    "rq4": rq4.run,
-}
+QUESTIONS = ("rq1", "rq2", "rq3", "rq4")
 
 
 def main() -> None:
@@ -28,7 +24,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, help="three, of a quick study two")
     given = parser.parse_args()
     seeds = given.seeds or (2 if given.quick else 3)
-    found = QUESTIONS[given.question](given.quick, seeds)
+    # Not at the top: each needs other packages.
+    run: Callable[[bool, int], Outcome] = import_module(f"bench.study.{given.question}").run
+    found = run(given.quick, seeds)
     if not any(section.results for section in found.sections):
         raise SystemExit(f"bench.study {given.question}: the data is not here")
     console = Console(width=200)
