@@ -201,7 +201,7 @@ class Study:
                 "bwt": 100 * statistics.mean(map(backward_transfer, matrices[name])),
                 "forgetting": 100 * statistics.mean(map(forgetting, matrices[name])),
                 "unchanged": min(run["unchanged"] for run in found),
-                "setting": self.chosen(name).shown,
+                "setting": self.chosen(name).shown(len(problem.tasks)),
                 "minutes": statistics.mean(run["minutes"] for run in found),
             }
             if name == "ours":

@@ -231,6 +231,15 @@ class TestPackNet:
             assert ("1.running_mean" in changed(learner, prepared)) is moved
 
 
+def test_tables_show_what_differs_from_the_plainest_setting():
+    assert Setting(1e-3).shown(2) == "0.001"
+    assert Setting(1e-3, 10.0).shown(2) == "0.001, penalty 10"
+    assert Divided(3e-3).shown(2) == "0.003"
+    other = Divided(1e-2, first=1.3, fresh=False)
+    assert other.shown(2) == "0.01, old 0.003, the first keeps 65%, free ones keep weights"
+    assert other.shown(5) == "0.01, old 0.003, free ones keep weights"
+
+
 class TestOurs:
     def test_the_first_task_keeps_its_share_of_what_can_be_freed(self, digits, base):
         learner = Ours(digits, base, Divided(1e-2, first=1.2), 0)

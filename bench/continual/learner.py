@@ -32,9 +32,8 @@ class Setting:
     rate: float
     strength: float = 0.0
 
-    @property
-    def shown(self) -> str:
-        """As tables have it."""
+    def shown(self, tasks: int) -> str:
+        """As tables have it, of problems of so many tasks."""
         return f"{self.rate:g}" + (f", penalty {self.strength:g}" if self.strength else "")
 
 
@@ -52,13 +51,12 @@ class Divided(Setting):
     first: float = 1.0
     fresh: bool = True
 
-    @property
-    def shown(self) -> str:
-        parts = [super().shown]
+    def shown(self, tasks: int) -> str:
+        parts = [super().shown(tasks)]
         if self.old_rate != self.rate:
             parts.append(f"old {self.old_rate:g}")
-        if self.first != 1:
-            parts.append(f"of two the first keeps {self.first / 2:.0%}")
+        if self.kept(tasks) != 1 / tasks:
+            parts.append(f"the first keeps {self.kept(tasks):.0%}")
         if not self.fresh:
             parts.append("free ones keep weights")
         return ", ".join(parts)

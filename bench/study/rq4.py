@@ -58,7 +58,7 @@ def run(quick: bool, seeds: int) -> Outcome:
                 values |= {task: own["mean"], f"{task}_std": own["std"]}
             values["together"] = statistics.mean(run["together"] for run in found)
             values["unchanged"] = min(run["unchanged"] for run in found)
-            values["setting"] = study.chosen(name).shown
+            values["setting"] = study.chosen(name).shown(len(split))
             results.append(Result(f"{problem.key}: {name}", values))
     return Outcome(
         "RQ4: new classes after old ones",
