@@ -152,7 +152,9 @@ def lora(model: nn.Module, tuned: nss.Slice) -> nn.Module:
 
     def made(rank: int) -> nn.Module:
         config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=layers)
-        return peft.get_peft_model(copy.deepcopy(model), config)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return peft.get_peft_model(copy.deepcopy(model), config)
 
     ranks = range(1, 17)
     sizes = [sum(p.numel() for p in made(r).parameters() if p.requires_grad) for r in ranks]

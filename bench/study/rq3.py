@@ -62,13 +62,15 @@ class Case:
 
     Attributes:
         model: before.
-        known: the network as it knows the old images, which it was profiled with.
+        slicing: of the network as it knows the old images.
+        rows: the neurons that ours tunes; LoRA's rank is such that it trains as many parameters.
         train, validation, test: new images.
         old: test images that ``model`` knew; ``None`` if they are the new ones, or not at hand.
     """
 
     model: nn.Module
-    known: nn.Module
+    slicing: nss.SemanticSlicing
+    rows: nss.Slice
     data: Data
     train: Images
     validation: Images
@@ -173,16 +175,34 @@ class Study(Runs):
             # The original images are not at hand: the network with norms that fit the JPEGs is
             # what it would be if they met the statistics that it remembers.
             recalibrate(known, self.inputs(data, parts[0]))
-            return Case(model, known, data, *parts, None)
+            return self.profiled(model, known, data, parts[0], parts, None)
         known = size.network.trained(seed)
         if shift.family == DAMAGED:
             share = self.once(
                 f"{size.network.name}, share for {shift.strength} points, seed {seed}",
                 partial(self.share, known, data, shift.strength, seed),
             )
-            return Case(shifts.damaged(known, share, seed), known, data, *parts, None)
-        changed = [self.changed(known, data, part, shift, seed) for part in parts]
-        return Case(known, known, data, *changed, parts[2])
+            broken = shifts.damaged(known, share, seed)
+            return self.profiled(broken, known, data, parts[0], parts, None)
+        train, validation, test = (self.changed(known, data, part, shift, seed) for part in parts)
+        changed = (train, validation, test)
+        return self.profiled(known, known, data, parts[0], changed, parts[2])
+
+    def profiled(
+        self,
+        model: nn.Module,
+        known: nn.Module,
+        data: Data,
+        old: Images,
+        parts: tuple[Images, Images, Images],
+        old_test: Images | None,
+    ) -> Case:
+        """A case with the old images' slicing of the network that knows them."""
+        slicing = nss.slice(nss.profile(known, self.inputs(data, old)), threshold=0.95)
+        new = nss.profile(model, self.inputs(data, parts[0]), ("avg",))
+        moved = component_drift(slicing, neuron_drift(slicing, new))
+        rows, _ = choose(slicing, moved, int(BUDGET * slicing.profile.graph.neurons))
+        return Case(model, slicing, rows, data, *parts, old_test)
 
     def changed(
         self, model: nn.Module, data: Data, images: Images, shift: Shift, seed: int
@@ -230,32 +250,22 @@ class Study(Runs):
     ) -> tuple[nn.Module, dict[str, Any]]:
         """A tuned network, and what that took."""
         case = self.case(shift, seed)
-        old = self.inputs(case.data, some(case.data.train, len(case.train), seed))
-        slicing = nss.slice(nss.profile(case.known, old), threshold=0.95)
-        rows = self.rows(case, slicing)
         stream = Stream(case.train, self.size.batch, steps, seed, case.data.prepared)
-        model = self.trainable(shift, case.model)
+        model = self.trainable(case.model)
         begin = time.perf_counter()
-        found = tune(method, model, slicing, rows, choice, stream)
+        found = tune(method, model, case.slicing, case.rows, choice, stream)
         return found.model, {
             "seconds": time.perf_counter() - begin,
             "parameters": 100 * found.parameters / sum(p.numel() for p in case.model.parameters()),
             "state": found.state / 1024,
         }
 
-    def trainable(self, shift: Shift, model: nn.Module) -> nn.Module:
+    def trainable(self, model: nn.Module) -> nn.Module:
         """A copy that trains in mixed precision where its network does."""
         mixed = isinstance(model, cifar.ResNet)
         made = cifar.MixedResNet(3) if mixed else self.size.network.make()
         made.load_state_dict(model.state_dict())
         return made.eval()
-
-    def rows(self, case: Case, slicing: nss.SemanticSlicing) -> nss.Slice:
-        """The neurons that ours tunes: LoRA's rank is such that it trains as many parameters."""
-        new = self.inputs(case.data, case.train)
-        drift = neuron_drift(slicing, nss.profile(case.model, new, ("avg",)))
-        allowed = int(BUDGET * slicing.profile.graph.neurons)
-        return choose(slicing, component_drift(slicing, drift), allowed)[0]
 
     def chosen(self, method: str, family: str) -> Choice:
         """What is best on validation images after few steps."""
