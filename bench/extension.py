@@ -106,11 +106,9 @@ def measured(
     learner = method(problem, base, setting, seed)
     matrix = [[accuracy(learner, 0)]]
     unchanged = []
-    for number, classes in enumerate(problem.tasks[1:], 1):
-        old = problem.stream(problem.train.of(problem.tasks[number - 1]), seed + 1)
-        learner.prepare(old)
-        learner.learn(classes, problem.stream(problem.train.of(classes), seed + 2))
-        matrix.append([accuracy(learner, task) for task in range(number + 1)])
+    for number in range(1, len(problem.tasks)):
+        teach(learner, number)
+        matrix.append(accuracies(learner))
         for task, before in enumerate(learner.before):
             unchanged.append(same_bits(before, learner.answers(problem.test, task)))
     return {
@@ -119,6 +117,19 @@ def measured(
         "unchanged": 100 * min(unchanged),
         "minutes": (time.perf_counter() - begin) / 60,
     }
+
+
+def teach(learner: Naive, number: int) -> None:
+    """The task of a number, after those before it."""
+    problem, seed = learner.problem, learner.seed
+    old, classes = problem.tasks[number - 1 : number + 1]
+    learner.prepare(problem.stream(problem.train.of(old), seed + 1))
+    learner.learn(classes, problem.stream(problem.train.of(classes), seed + 2))
+
+
+def accuracies(learner: Naive) -> list[float]:
+    """Of each task so far."""
+    return [accuracy(learner, task) for task in range(len(learner.classes))]
 
 
 def accuracy(learner: Naive, task: int) -> float:
@@ -170,8 +181,10 @@ class Study:
         short = dataclasses.replace(
             problem, test=problem.validation, epochs=1, old_epochs=1, longest=self.steps
         )
-        last = measured(short, problem.base(0), method, setting, 0)["matrix"][-1]
-        return statistics.mean(last)
+        learner = method(short, problem.base(0), setting, 0)
+        for number in range(1, len(problem.tasks)):
+            teach(learner, number)
+        return statistics.mean(accuracies(learner))
 
     def run(self, name: str, seed: int) -> dict[str, Any]:
         problem, setting = self.problem, self.chosen(name)

@@ -290,6 +290,15 @@ def test_a_nan_is_a_changed_answer():
     assert extension.same_bits(before, after) == pytest.approx(2 / 3)
 
 
+def test_a_setting_is_judged_by_what_its_short_run_ends_with(digits, base, monkeypatch):
+    monkeypatch.setattr(Problem, "base", lambda self, seed: base)
+    setting = PackNet.settings[1]
+    judged = extension.Study(digits, extension.Runs(None), 3).tried(PackNet, setting)
+    short = replace(digits, test=digits.validation, epochs=1, old_epochs=1, longest=3)
+    last = extension.measured(short, base, PackNet, setting, 0)["matrix"][-1]
+    assert judged == pytest.approx(sum(last) / 2)
+
+
 def test_a_finished_run_is_not_repeated(tmp_path, digits, base, monkeypatch):
     monkeypatch.setattr(Problem, "base", lambda self, seed: base)
     kept = tmp_path / "kept.json"
