@@ -59,7 +59,7 @@ COLUMNS = (
     Column("lost", "lost, points", "number"),
     Column("vs_without", "rate, without ×", "number", in_summary=True),
     Column("saved", "iterations fewer at the rate without", "number", in_summary=True),
-    Column("sliced", "parameters left by slicing %", "number"),
+    Column("begun", "parameters left by slicing %", "number"),
 )
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -206,10 +206,10 @@ class Study(Runs):
         rates = [total / parameters for parameters in left[: found.report.iterations + 1]]
         return {
             "rate": rates[-1],
-            "rates": [1.0] * before + rates if begin is not own.model else rates,
+            "rates": [1.0] * before + rates,
             "iterations": before + found.report.iterations,
             "accuracy": 100 * score(found.model, own.test, "test").accuracy,
-            "sliced": 100 * left[0] / total if begin is not own.model else None,
+            "begun": None if first == "nothing" else 100 * left[0] / total,
         }
 
 

@@ -39,6 +39,11 @@ class Data:
     normalised: Callable[[Tensor], Tensor]
     prepared: Callable[[Tensor, torch.Generator], Tensor]
 
+    def batches(self, images: Images, size: int) -> list[tuple[Tensor, Tensor]]:
+        """What a network takes, and labels; in order, the last one may be smaller."""
+        parts = zip(images.pixels.split(size), images.labels.split(size), strict=True)
+        return [(self.normalised(pixels), labels) for pixels, labels in parts]
+
 
 def cifar10() -> Data:
     """CIFAR-10 as JPEGs; ``bench.cifar.missing`` says whether it is here."""

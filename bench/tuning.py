@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,12 +48,14 @@ class Tuned:
         neurons: those that were tuned, of methods that tune by rows.
         parameters: how many were trained.
         state: bytes that the optimizer held.
+        seconds: of training, and of what a method does before: profiles, the choice of layers.
     """
 
     model: nn.Module
     neurons: nss.Slice
     parameters: int
     state: int
+    seconds: float
 
 
 def tune(
@@ -69,6 +72,7 @@ def tune(
         slicing: of the network as it knows the old images.
         rows: the neurons that random choice tunes, and that LoRA's rank is measured by.
     """
+    begin = time.perf_counter()
     if method == "ours":
         found = nss.readapt(
             model,
@@ -83,12 +87,17 @@ def tune(
         )
         report = found.report
         return Tuned(
-            found.model, found.tuned, report.tuned_parameters, report.training.optimizer_bytes
+            found.model,
+            found.tuned,
+            report.tuned_parameters,
+            report.training.optimizer_bytes,
+            time.perf_counter() - begin,
         )
     by_rows = method in BY_ROWS
     if choice.renewed and by_rows:
         recalibrate(model, stream)
     layers = redundant_layers(model, stream) if method == DEEPARC else ()
+    before = time.perf_counter() - begin
     with tuning(method, model, rows, choice.rate, layers) as (adapted, optimizer):
         trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
         training = fit(
@@ -99,7 +108,7 @@ def tune(
             what=method,
             freeze_statistics=by_rows or not choice.renewed,
         )
-    return Tuned(adapted, rows, trained, training.optimizer_bytes)
+    return Tuned(adapted, rows, trained, training.optimizer_bytes, before + training.seconds)
 
 
 def redundant_layers(model: nn.Module, stream: Stream) -> list[str]:

@@ -1,7 +1,12 @@
 """What several test files need."""
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -92,3 +97,17 @@ def cuda_implementation(name: str, *arguments: Any) -> Any:
     """What an operator that on CUDA is made of torch's own does, on the CPU's tensors as well."""
     op = getattr(torch.ops.neusemslice, name).default
     return op.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), *arguments)
+
+
+def quick(*benchmark: str) -> dict[str, Any]:
+    """What a benchmark, named as ``python -m`` takes it, says in its last line with ``--quick``."""
+    result = subprocess.run(
+        [sys.executable, "-m", *benchmark, "--quick"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])

@@ -2,11 +2,10 @@
 
 import json
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import quick
 
 from bench import gram, masked_optim, mnist, report, rows
 from bench.report import Column, Ratio, Result, Section
@@ -79,14 +78,7 @@ class TestCurves:
 @pytest.mark.slow
 @pytest.mark.skipif(mnist.missing() is not None, reason=str(mnist.missing()))
 def test_the_study_of_slices_ends_with_its_summary():
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.slicing", "--quick"],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    summary = json.loads(done.stdout.splitlines()[-1])
+    summary = quick("bench.slicing")
     assert set(summary["LeNet-5, MNIST: taylor, semantic"]) == {"vs_global", "vs_category"}
 
 

@@ -1,15 +1,11 @@
 """The rivals of extension do what was published, and the study compares what it says."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import quick
 from torch import nn
 
 from bench import extension, mnist
@@ -312,16 +308,7 @@ def test_a_finished_run_is_not_repeated(tmp_path, digits, base, monkeypatch):
 @pytest.mark.slow
 @needs_mnist
 def test_the_quick_study_compares_all_methods():
-    result = subprocess.run(
-        [sys.executable, "-m", "bench.extension", "--quick"],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = quick("bench.extension")
     methods = set(extension.METHODS) - {"PackNet, norms per task"}
     for method in methods:
         assert {"old", "new", "acc", "forgetting"} <= found[f"mnist-2: {method}"].keys()

@@ -1,12 +1,9 @@
 """The study of re-adaptation: it runs, goes on behind what it has done, and keeps images apart."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from helpers import quick
 
 from bench import cifar
 from bench.report import Column, Result, Section
@@ -26,16 +23,7 @@ def test_numbers_are_in_the_last_line_too():
 @pytest.mark.slow
 @needs_images
 def test_the_quick_study_compares_all_methods():
-    result = subprocess.run(
-        [sys.executable, "-m", "bench.readapt", "--quick"],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = quick("bench.readapt")
     many, few = readapt.QUICK.settings
     for method in readapt.METHODS:
         for setting in (many, few):

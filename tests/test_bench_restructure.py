@@ -1,13 +1,8 @@
 """The studies of restructuring and compression run, and peers rank as they say."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from helpers import quick
 
 from bench import cifar, mnist
 
@@ -15,23 +10,10 @@ needs_images = pytest.mark.skipif(cifar.missing() is not None, reason=str(cifar.
 needs_digits = pytest.mark.skipif(mnist.missing() is not None, reason=str(mnist.missing()))
 
 
-def quick(name):
-    result = subprocess.run(
-        [sys.executable, "-m", f"bench.{name}", "--quick"],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
-
-
 @pytest.mark.slow
 @needs_images
 def test_the_quick_study_of_restructuring():
-    found = quick("restructure")
+    found = quick("bench.restructure")
     assert {"plain", "compensated", "above"} <= found["50% removed: ours"].keys()
     assert {"plain"} <= found["50% removed: Taylor"].keys()
     assert {"accuracy", "above", "worst"} <= found["tuned: ours"].keys()
@@ -42,7 +24,7 @@ def test_the_quick_study_of_restructuring():
 @pytest.mark.slow
 @needs_digits
 def test_the_quick_study_of_compression():
-    found = quick("compression")
+    found = quick("bench.compression")
     for granularity in ("neurons", "weights"):
         for method in ("lamp", "global"):
             name = f"LeNet-5, MNIST: {granularity}, {method}"

@@ -1,15 +1,14 @@
 """The study: what its figures mean, and that every question is answered quickly on small data."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import quick
+from torch import nn
 
+from bench.datasets import small_digits
 from bench.study import figures, networks, rq1
 from bench.study.outcome import SPREAD, Outcome, spread
 
@@ -83,35 +82,59 @@ def test_bars_have_a_group_for_each_method(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("question", "rows"),
+    ("question", "needed", "rows"),
     [
-        ("rq1", ("digits: taylor, semantic", "digits: avg, category")),
+        ("rq1", "torch", ("digits: taylor, semantic", "digits: avg, category")),
         (
             "rq2",
+            "torch_pruning",
             (
                 "digits: lamp, slicing first",
                 "digits: global, layers removed first (DeepArc)",
                 "digits: Taylor, 50% of multiply-adds",
             ),
         ),
-        ("rq3", ("adversarial, FGSM: ours", "damaged, weights drawn anew 30: LoRA")),
-        ("rq4", ("digits-2: ours",)),
+        ("rq3", "peft", ("adversarial, FGSM: ours", "damaged, weights drawn anew 30: LoRA")),
+        ("rq4", "torch", ("digits-2: ours",)),
     ],
 )
-def test_a_question_is_answered_on_small_data(question, rows):
-    pytest.importorskip({"rq2": "torch_pruning", "rq3": "peft"}.get(question, "torch"))
-    result = subprocess.run(
-        [sys.executable, "-m", "bench.study", question, "--quick"],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"COLUMNS": "200"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
+def test_a_question_is_answered_on_small_data(question, needed, rows):
+    pytest.importorskip(needed)
+    found = quick("bench.study", question)
     for row in found.values():
         assert row["seeds"] == 2
         assert 0 < row["mean"] <= 100  # percent, or times
         assert row["std"] >= 0
     assert set(rows) <= found.keys()
+
+
+class TestPruners:
+    @pytest.fixture
+    def study(self):
+        rq2 = pytest.importorskip("bench.study.rq2")
+        model = nn.Sequential(
+            nn.Conv2d(1, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 16, 3),
+            nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(256, 10),
+        ).eval()  # fmt: skip
+        batches = small_digits().batches(small_digits().train[:400], 50)
+        subject = rq2.Subject("small", model, lambda steps: batches, batches, batches, batches, 0.1)
+        return rq2.Study(subject, rq2.FULL, None)
+
+    def test_every_importance_leaves_the_same_cost(self, study):
+        from bench.study import rq2
+
+        whole, _ = rq2.cost_of(study.subject.model, study.subject.calibration)
+        assert study.pruners() == list(rq2.PRUNERS)
+        for name in study.pruners():
+            macs, _ = rq2.cost_of(study.cut(name), study.subject.calibration)
+            assert macs == study.peers[1] <= rq2.MACS * whole
+
+    def test_ours_has_no_more_multiply_adds_left(self, study):
+        from bench.study import rq2
+
+        macs, _ = rq2.cost_of(study.cut(rq2.OURS), study.subject.calibration)
+        assert macs <= study.peers[1]
+
+    def test_a_layer_without_a_norm_has_no_scales_to_rank_by(self, study):
+        study.subject.model[1] = nn.Identity()
+        assert "BN scale" not in study.pruners()

@@ -17,12 +17,8 @@ Lines = Mapping[str, tuple[NDArray[Any], NDArray[Any]]]
 
 def curves(panels: Mapping[str, Lines], columns: int, x: str, y: str, path: Path) -> None:
     """Panels by title, in rows of so many; lines are means, bands standard deviations."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(2.7 * columns, 2.4 * rows + 0.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(2.7 * columns, 2.4 * rows + 0.5)
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
         for colour, (name, (at, values)) in zip(COLOURS, lines.items(), strict=False):
@@ -35,11 +31,7 @@ def curves(panels: Mapping[str, Lines], columns: int, x: str, y: str, path: Path
         axis.set_xlabel(x, fontsize=8)
     for axis in axes[:, 0]:
         axis.set_ylabel(y, fontsize=8)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncol=len(labels), frameon=False, fontsize=8
-    )
-    figure.savefig(path, dpi=110)
+    _save(figure, axes.flat[0], path)
 
 
 Bars = Mapping[str, Mapping[str, Sequence[float]]]
@@ -48,12 +40,8 @@ Bars = Mapping[str, Mapping[str, Sequence[float]]]
 
 def bars(panels: Mapping[str, Bars], x: str, path: Path) -> None:
     """Panels by title; a group of bars for each method, with standard deviations."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     most = max(len(methods) for methods in panels.values())
-    figure = Figure(figsize=(5.5 * len(panels), 0.42 * most + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(5.5 * len(panels), 0.42 * most + 1.2)
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, methods) in zip(axes, panels.items(), strict=True):
         shown = list(next(iter(methods.values())))
@@ -78,7 +66,22 @@ def bars(panels: Mapping[str, Bars], x: str, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(x, fontsize=8)
-    handles, labels = axes[0].get_legend_handles_labels()
+    _save(figure, axes[0], path)
+
+
+def _figure(width: float, height: float) -> Any:
+    """An empty one, in inches, that no display shows."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, axis: Any, path: Path) -> None:
+    """With the legend of one panel for all."""
+    handles, labels = axis.get_legend_handles_labels()
     figure.legend(
         handles, labels, loc="outside lower center", ncol=len(labels), frameon=False, fontsize=8
     )

@@ -13,7 +13,6 @@ training images that it is profiled with.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,12 +25,11 @@ from torch import Tensor
 import neusemslice as nss
 from bench.report import Column, Result, Section
 from bench.runs import RUNS, Runs
-from bench.slicing import compression
+from bench.slicing import choices, compression
 from bench.study import figures
 from bench.study.networks import DIGITS, NETWORKS, Network
 from bench.study.outcome import SPREAD, Outcome, spread
 from bench.subjects import METRICS, TEST_BATCH, Subject
-from neusemslice.report.theta import THETAS as DEFAULT_THETAS
 
 WAYS = ("semantic", "global", "category")
 SHOWN = (0.1, 0.2, 0.3, 0.4)
@@ -51,28 +49,17 @@ class Size:
 
     networks: tuple[Network, ...]
     metrics: tuple[str, ...]
-    thetas: tuple[float, ...]
-    tops: tuple[float, ...]
     profiled: int
     tested: int
 
 
-FULL = Size(
-    NETWORKS,
-    (*METRICS, "ens"),
-    (0.5, 0.6, 0.7, 0.8, 0.85, *DEFAULT_THETAS),
-    tuple(round(0.1 * step, 1) for step in range(1, 11)),
-    profiled=3_000,
-    tested=2_000,
-)
-QUICK = Size((DIGITS,), ("avg", "taylor"), (0.5, 0.7, 0.9, 0.95), (0.2, 0.4, 0.6, 0.8), 300, 200)
+FULL = Size(NETWORKS, (*METRICS, "ens"), profiled=3_000, tested=2_000)
+QUICK = Size((DIGITS,), ("avg", "taylor"), profiled=300, tested=200)
 
 
 def subject(network: Network, seed: int, tested: int) -> Subject:
     """A trained network with the last so many test images."""
     data = network.data()
-    images = data.test[-tested:]
-    x = data.normalised(images.pixels)
     return Subject(
         network.name,
         f"study-{network.name}-{network.epochs}-{seed}",
@@ -80,20 +67,8 @@ def subject(network: Network, seed: int, tested: int) -> Subject:
         data.classes,
         lambda chosen: (data.normalised(data.train.pixels[chosen]), data.train.labels[chosen]),
         len(data.train),
-        list(zip(x.split(TEST_BATCH), images.labels.split(TEST_BATCH), strict=True)),
+        data.batches(data.test[-tested:], TEST_BATCH),
     )
-
-
-def choices(
-    size: Size, given: Subject, profile: nss.Profile, metric: str, way: str
-) -> Iterator[nss.Slice]:
-    """The slices of one way."""
-    if way == "semantic":
-        slicing = nss.slice(profile, metric)
-        yield from (slicing.merged_slice(given.model, theta) for theta in size.thetas)
-    else:
-        choose = nss.global_slice if way == "global" else nss.category_slice
-        yield from (choose(profile, metric, top=top) for top in size.tops)
 
 
 def curve(points: list[tuple[float, float]], whole: float, chance: float) -> NDArray[np.float64]:
@@ -117,8 +92,8 @@ class Study(Runs):
     def measured(self, network: Network, seed: int, metric: str, way: str) -> dict[str, Any]:
         """Rates, and the accuracy of each class at them; the whole network comes first."""
         given = self.subject(network, seed)
-        slices = choices(self.size, given, self.profile(given, seed), metric, way)
-        found = [nss.Slice.whole(self.profile(given, seed).graph), *slices]
+        profile = self.profile(given, seed)
+        found = [nss.Slice.whole(profile.graph), *choices(given, profile, metric, way)]
         return {
             "rates": [round(compression(given, kept), 5) for kept in found],
             "classes": [by_class(given.right(kept), given.labels) for kept in found],

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,9 +32,8 @@ from torch_pruning.pruner import importance
 
 import neusemslice as nss
 from bench import compression
-from bench.cifar import Block, Images
+from bench.cifar import Block
 from bench.compression import RATE, Batches, First, Subject
-from bench.datasets import Data
 from bench.report import Column, Result, Section
 from bench.runs import RUNS
 from bench.stream import Stream
@@ -44,6 +44,7 @@ from neusemslice.maintain import finetune, score
 from neusemslice.maintain.sparsity import METHODS
 
 BATCH = 128
+TEST_BATCH = 100
 FIRSTS: tuple[First, ...] = ("nothing", "layers", "slicing")
 SHOWN = {"nothing": "alone", "layers": "layers removed first (DeepArc)", "slicing": "slicing first"}
 MACS = 0.5
@@ -63,7 +64,7 @@ RATES_COLUMNS = (
     Column("iterations", "iterations", "number"),
     Column("accuracy", "accuracy %", "number"),
     Column("whole", "whole %", "number"),
-    Column("first", "left by what goes first %", "number"),
+    Column("begun", "left by what goes first %", "number"),
 )
 COST_COLUMNS = (
     *SPREAD,
@@ -127,16 +128,11 @@ def subject(network: Network, size: Size, seed: int) -> Subject:
         f"{network.name}, {network.epochs} epochs, seed {seed}",
         network.trained(seed),
         lambda steps: Stream(data.train, BATCH, steps, seed, data.prepared),
-        _batches(data, data.train[: size.calibration]),
-        _batches(data, data.validation[: size.validation]),
-        _batches(data, data.test),
+        data.batches(data.train[: size.calibration], TEST_BATCH),
+        data.batches(data.validation[: size.validation], TEST_BATCH),
+        data.batches(data.test, TEST_BATCH),
         budget=0.03 if "CIFAR" in network.name else 0.01,
     )
-
-
-def _batches(data: Data, images: Images) -> Batches:
-    parts = zip(images.pixels.split(100), images.labels.split(100), strict=True)
-    return [(data.normalised(pixels), labels) for pixels, labels in parts]
 
 
 class Study(compression.Study):
@@ -169,15 +165,39 @@ class Study(compression.Study):
     def compressed(self, method: Any, first: First) -> dict[str, Any]:
         key = f"{self.subject.name}, {method}, first {first}, {self.steps} steps"
         found = self.once(key, partial(self.run, method, "weight", first))
-        return {name: found[name] for name in ("rate", "iterations", "accuracy", "sliced")}
+        return {name: found[name] for name in ("rate", "iterations", "accuracy", "begun")}
+
+    @cached_property
+    def peers(self) -> tuple[float, float]:
+        """The smallest share of all layers' neurons without which no more than ``MACS`` is left,
+        and the multiply-adds then; they are the same for all importances."""
+        own = self.subject
+        allowed = MACS * cost_of(own.model, own.calibration)[0]
+        low, high, left = 0.0, 1.0, math.inf
+        for _ in range(10):
+            removed = (low + high) / 2
+            smaller = pruned(own.model, PRUNERS["L2"](), own.calibration, removed)
+            macs, _ = cost_of(smaller, own.calibration)
+            if macs > allowed:
+                low = removed
+            else:
+                high, left = removed, macs
+        if left > allowed:
+            raise ValueError(f"{own.name}: torch-pruning cannot remove half of the multiply-adds")
+        return high, left
+
+    def pruners(self) -> list[str]:
+        """Those importances that rank every layer: scales of norms want one behind each."""
+        kinds = [type(m) for m in self.subject.model.modules()]
+        scaled = kinds.count(nn.BatchNorm2d) >= kinds.count(nn.Conv2d) > 0
+        return [name for name in self.size.pruners if scaled or name != "BN scale"]
 
     def cut(self, method: str) -> nn.Module:
         """The network with half of its multiply-adds, or a little less."""
         own = self.subject
+        removed, allowed = self.peers
         if method != OURS:
-            return pruned(own.model, PRUNERS[method](), own.calibration)
-        peer = pruned(own.model, PRUNERS["L2"](), own.calibration)
-        allowed, _ = cost_of(peer, own.calibration)
+            return pruned(own.model, PRUNERS[method](), own.calibration, removed)
         share = allowed / cost_of(own.model, own.calibration)[0]
         while True:  # the library counts biases and norms as well
             found = nss.restructure(
@@ -215,29 +235,13 @@ def cost_of(model: nn.Module, calibration: Batches) -> tuple[float, float]:
     return float(macs), float(parameters)
 
 
-def pruned(model: nn.Module, ranks: importance.Importance, calibration: Batches) -> nn.Module:
-    """Torch-pruning's smallest equal share whose network has no more than ``MACS`` left.
+def pruned(
+    model: nn.Module, ranks: importance.Importance, calibration: Batches, removed: float
+) -> nn.Module:
+    """A copy without a share of every layer's neurons, cut by torch-pruning.
 
     Of residual networks the streams stay whole: the library cannot cut padded shortcuts.
     """
-    whole, _ = cost_of(model, calibration)
-    low, high = 0.0, 1.0
-    best: nn.Module | None = None
-    for _ in range(10):
-        share = (low + high) / 2
-        smaller = _pruned(model, ranks, calibration, share)
-        if cost_of(smaller, calibration)[0] > MACS * whole:
-            low = share
-        else:
-            best, high = smaller, share
-    if best is None:
-        raise ValueError("rq2: torch-pruning cannot remove half of the multiply-adds")
-    return best
-
-
-def _pruned(
-    model: nn.Module, ranks: importance.Importance, calibration: Batches, share: float
-) -> nn.Module:
     own = copy.deepcopy(model)
     if isinstance(ranks, importance.GroupTaylorImportance):
         total = sum(len(y) for _, y in calibration)
@@ -250,7 +254,7 @@ def _pruned(
         kept += [block.conv2 for block in blocks]
     example = calibration[0][0][:2]
     tp.pruner.BasePruner(
-        own, example, ranks, pruning_ratio=share, max_pruning_ratio=0.99, ignored_layers=kept
+        own, example, ranks, pruning_ratio=removed, max_pruning_ratio=0.99, ignored_layers=kept
     ).step()
     own.zero_grad()
     return own
@@ -278,7 +282,7 @@ def run(quick: bool, seeds: int) -> Outcome:
         for method, first in itertools.product(size.methods, FIRSTS):
             row = (network.name, f"{method}, {SHOWN[first]}")
             rates.setdefault(row, []).append(study.compressed(method, first))
-        for method in (OURS, *size.pruners):
+        for method in (OURS, *study.pruners()):
             row = (network.name, method)
             if row not in best:  # the first seed's
                 found = {rate: study.at_equal_cost(method, rate) for rate in size.rates}
@@ -291,10 +295,11 @@ def run(quick: bool, seeds: int) -> Outcome:
                 **spread([run["rate"] for run in found]),
                 **means(found, ("iterations", "accuracy")),
                 "whole": statistics.mean(wholes[row[0]]),
-                "first": first_left(found),
+                "begun": statistics.mean(begun) if None not in begun else None,
             },
         )
         for row, found in rates.items()
+        for begun in ([run["begun"] for run in found],)
     ]
     equal = [
         Result(
@@ -335,9 +340,3 @@ def run(quick: bool, seeds: int) -> Outcome:
 
 def means(found: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, float]:
     return {name: float(statistics.mean(run[name] for run in found)) for name in names}
-
-
-def first_left(found: list[dict[str, Any]]) -> float | None:
-    """Share of the parameters that is left by what goes first; of seeds where something does."""
-    left = [run["sliced"] for run in found if run["sliced"] is not None]
-    return statistics.mean(left) if left else None

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import itertools
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -233,16 +232,13 @@ class Study(Runs):
 
     def inputs(self, data: Data, images: Images) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Batches to profile with, as many as the study profiles."""
-        some = images[: self.size.profiled]
-        parts = zip(some.pixels.split(TEST_BATCH), some.labels.split(TEST_BATCH), strict=True)
-        return [(data.normalised(pixels), labels) for pixels, labels in parts]
+        return data.batches(images[: self.size.profiled], TEST_BATCH)
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module, data: Data, images: Images) -> float:
         """In percent."""
         model.eval()
-        parts = zip(images.pixels.split(TEST_BATCH), images.labels.split(TEST_BATCH), strict=True)
-        right = [(model(data.normalised(x)).argmax(1) == y).double() for x, y in parts]
+        right = [(model(x).argmax(1) == y).double() for x, y in data.batches(images, TEST_BATCH)]
         return 100 * float(torch.cat(right).mean())
 
     def tuned(
@@ -252,10 +248,9 @@ class Study(Runs):
         case = self.case(shift, seed)
         stream = Stream(case.train, self.size.batch, steps, seed, case.data.prepared)
         model = self.trainable(case.model)
-        begin = time.perf_counter()
         found = tune(method, model, case.slicing, case.rows, choice, stream)
         return found.model, {
-            "seconds": time.perf_counter() - begin,
+            "seconds": found.seconds,
             "parameters": 100 * found.parameters / sum(p.numel() for p in case.model.parameters()),
             "state": found.state / 1024,
         }
@@ -286,17 +281,20 @@ class Study(Runs):
     def measured(self, method: str, shift: Shift, choice: Choice, seed: int) -> dict[str, Any]:
         case = self.case(shift, seed)
         model, values = self.tuned(method, shift, choice, self.size.steps, seed)
-        values["new"] = self.accuracy(model, case.data, case.test)
-        if case.old is not None:
-            values["old"] = self.accuracy(model, case.data, case.old)
-        return values
+        return values | self.accuracies(model, case)
 
     def untuned(self, shift: Shift, seed: int) -> dict[str, Any]:
         case = self.case(shift, seed)
-        values = {"new": self.accuracy(case.model, case.data, case.test)}
-        if case.old is not None:
-            values["old"] = self.accuracy(case.model, case.data, case.old)
-        return values
+        return self.accuracies(case.model, case)
+
+    def accuracies(self, model: nn.Module, case: Case) -> dict[str, float]:
+        """On new test images, and on old ones where there are any."""
+        parts = {"new": case.test, "old": case.old}
+        return {
+            name: self.accuracy(model, case.data, images)
+            for name, images in parts.items()
+            if images is not None
+        }
 
     def results(self, seeds: range) -> dict[Shift, dict[str, list[dict[str, Any]]]]:
         """Runs by shift and method; before tuning as ``"untuned"``."""
@@ -356,7 +354,7 @@ def run(quick: bool, seeds: int) -> Outcome:
     note = (
         f"{size.network.name.partition(',')[0]}; {size.train:,} new images, {size.steps} steps of "
         f"{size.batch}; accuracies of {size.test:,} test images. Mean: on new images. Parameters: "
-        "share of the network's; seconds: of tuning, ours with its profile of the new images."
+        "share of the network's; seconds: of tuning with what goes before, as profiles."
     )
     return Outcome(
         "RQ3: re-adaptation to other images, and repair",
