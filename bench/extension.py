@@ -19,7 +19,6 @@ written after each, and ``bench/runs.py`` says how an interrupted study goes on.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import time
 from collections.abc import Iterable
@@ -110,7 +109,7 @@ def measured(
         teach(learner, number)
         matrix.append(accuracies(learner))
         for task, before in enumerate(learner.before):
-            unchanged.append(same_bits(before, learner.answers(problem.test, task)))
+            unchanged.append(same_bits(before, learner.answers(problem.data.test, task)))
     return {
         "matrix": matrix,
         "together": together(learner, problem),
@@ -123,8 +122,8 @@ def teach(learner: Naive, number: int) -> None:
     """The task of a number, after those before it."""
     problem, seed = learner.problem, learner.seed
     old, classes = problem.tasks[number - 1 : number + 1]
-    learner.prepare(problem.stream(problem.train.of(old), seed + 1))
-    learner.learn(classes, problem.stream(problem.train.of(classes), seed + 2))
+    learner.prepare(problem.stream(problem.data.train.of(old), seed + 1))
+    learner.learn(classes, problem.stream(problem.data.train.of(classes), seed + 2))
 
 
 def accuracies(learner: Naive) -> list[float]:
@@ -135,13 +134,13 @@ def accuracies(learner: Naive) -> list[float]:
 def accuracy(learner: Naive, task: int) -> float:
     """Of a task's test images, among its classes, in percent."""
     classes = learner.problem.tasks[task]
-    images = learner.problem.test.of(classes)
+    images = learner.problem.data.test.of(classes)
     return percent(learner.answers(images, task).argmax(1) == local(images.labels, classes))
 
 
 def together(learner: Naive, problem: Problem) -> float:
     """Accuracy among all classes, in percent."""
-    images = problem.test
+    images = problem.data.test
     return percent(learner.scores(images).argmax(1) == local(images.labels, problem.classes))
 
 
@@ -178,10 +177,7 @@ class Study:
 
     def tried(self, method: type[Naive], setting: Setting) -> float:
         problem = self.problem
-        short = dataclasses.replace(
-            problem, test=problem.validation, epochs=1, old_epochs=1, longest=self.steps
-        )
-        learner = method(short, problem.base(0), setting, 0)
+        learner = method(problem.short(self.steps), problem.base(0), setting, 0)
         for number in range(1, len(problem.tasks)):
             teach(learner, number)
         return statistics.mean(accuracies(learner))

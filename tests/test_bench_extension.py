@@ -29,14 +29,14 @@ def digits() -> Problem:
 
 @pytest.fixture(scope="module")
 def base(digits):
-    return digits._trained_base(digits.train.of(digits.tasks[0]), 0).eval()
+    return digits._trained_base(digits.data.train.of(digits.tasks[0]), 0).eval()
 
 
 def learned(method, digits, base, setting=SETTING):
     learner = method(digits, base, setting, 0)
-    learner.prepare(digits.stream(digits.train.of(digits.tasks[0]), 1))
+    learner.prepare(digits.stream(digits.data.train.of(digits.tasks[0]), 1))
     prepared = {k: v.clone() for k, v in learner.backbone.state_dict().items()}
-    learner.learn(digits.tasks[1], digits.stream(digits.train.of(digits.tasks[1]), 2))
+    learner.learn(digits.tasks[1], digits.stream(digits.data.train.of(digits.tasks[1]), 2))
     return learner, prepared
 
 
@@ -58,7 +58,7 @@ def test_all_begin_with_the_same_network_and_the_same_head(digits, base):
         learner.add_head(digits.tasks[1])
     first = learners[0]
     for other in learners[1:]:
-        assert torch.equal(first.answers(digits.test, 0), other.answers(digits.test, 0))
+        assert torch.equal(first.answers(digits.data.test, 0), other.answers(digits.data.test, 0))
         assert torch.equal(first.heads[1].weight, other.heads[1].weight)
 
 
@@ -71,25 +71,25 @@ def test_naive_retraining_changes_everything_but_the_old_head(digits, base):
 def test_a_new_head_alone_changes_nothing_old(digits, base):
     learner, prepared = learned(HeadOnly, digits, base)
     assert not changed(learner, prepared)
-    assert torch.equal(learner.before[0], learner.answers(digits.test, 0))
+    assert torch.equal(learner.before[0], learner.answers(digits.data.test, 0))
 
 
 class TestReplay:
     def test_mixes_a_share_of_old_images_in(self, digits):
         old, new = digits.tasks
-        pool = with_replay(digits.train, old, new, 0.1, 0)
-        assert len(pool.of(old)) == round(0.1 * len(digits.train.of(old)))
-        assert len(pool.of(new)) == len(digits.train.of(new))
-        other = with_replay(digits.train, old, new, 0.1, 1)
+        pool = with_replay(digits.data.train, old, new, 0.1, 0)
+        assert len(pool.of(old)) == round(0.1 * len(digits.data.train.of(old)))
+        assert len(pool.of(new)) == len(digits.data.train.of(new))
+        other = with_replay(digits.data.train, old, new, 0.1, 1)
         assert not torch.equal(pool.pixels, other.pixels)
 
     def test_asks_for_the_class_among_all(self, digits, base):
         learner = Replay10(digits, base, SETTING, 0)
         learner.add_head(digits.tasks[1])
-        images = digits.test[:16]
+        images = digits.data.test[:16]
         logits = learner.scores(images).double()
         wanted = -logits.log_softmax(1)[torch.arange(16), images.labels].mean()
-        found = learner.loss(digits.normalised(images.pixels), images.labels).detach()
+        found = learner.loss(digits.data.normalised(images.pixels), images.labels).detach()
         assert float(found) == pytest.approx(float(wanted), rel=1e-5)
 
     def test_forgets_less_than_naive_retraining(self, digits, base):
@@ -102,7 +102,7 @@ class TestEWC:
     def test_fisher_information_is_that_of_the_answers(self, digits):
         model = nn.Sequential(nn.Flatten(), nn.Linear(64, 3), nn.Linear(3, 5))
         learner = EWC(digits, model, Setting(1e-3, 10.0), 0)
-        stream = digits.stream(digits.train.of(digits.tasks[0]), 1)
+        stream = digits.stream(digits.data.train.of(digits.tasks[0]), 1)
         learner.prepare(stream)
         x = torch.cat([x for x, _ in digits.stream(stream.images, 1)])[:SAMPLES].flatten(1)
         generator = torch.Generator().manual_seed(0)
@@ -152,7 +152,7 @@ class TestLwF:
 
     def test_old_heads_are_held_to_what_they_said(self, digits, base):
         learner, _ = learned(LwF, digits, base)
-        x, y = next(iter(digits.stream(digits.train.of(digits.tasks[1]), 3)))
+        x, y = next(iter(digits.stream(digits.data.train.of(digits.tasks[1]), 3)))
         with torch.no_grad():
             own = Naive.loss(learner, x, y)
             total = learner.loss(x, y)
@@ -198,11 +198,11 @@ class TestPackNet:
         learner = method(several, model, SETTING, 0)
         kept = []
         for number, classes in enumerate(several.tasks[1:], 1):
-            learner.prepare(several.stream(several.train.of(several.tasks[number - 1]), 1))
-            kept.append(learner.answers(several.test, number - 1))
-            learner.learn(classes, several.stream(several.train.of(classes), 2))
+            learner.prepare(several.stream(several.data.train.of(several.tasks[number - 1]), 1))
+            kept.append(learner.answers(several.data.test, number - 1))
+            learner.learn(classes, several.stream(several.data.train.of(classes), 2))
             for task, answer in enumerate(kept):
-                assert torch.equal(learner.answers(several.test, task), answer)
+                assert torch.equal(learner.answers(several.data.test, task), answer)
         for owner in learner.owner:
             shares = owner.flatten().bincount(minlength=5) / owner.numel()
             assert float((shares - 0.2).abs().max()) < 0.02
@@ -239,15 +239,15 @@ def test_tables_show_what_differs_from_the_plainest_setting():
 class TestOurs:
     def test_the_first_task_keeps_its_share_of_what_can_be_freed(self, digits, base):
         learner = Ours(digits, base, Divided(1e-2, first=1.2), 0)
-        learner.prepare(digits.stream(digits.train.of(digits.tasks[0]), 1))
-        learner.learn(digits.tasks[1], digits.stream(digits.train.of(digits.tasks[1]), 2))
+        learner.prepare(digits.stream(digits.data.train.of(digits.tasks[0]), 1))
+        learner.learn(digits.tasks[1], digits.stream(digits.data.train.of(digits.tasks[1]), 2))
         kept = learner.model.tasks["old"].slice
         assert [int(kept.mask(site).sum()) for site in ("0", "3")] == [8, 6]
 
 
 class TestProblem:
     def test_streams_repeat_themselves(self, digits):
-        runs = [[x for x, _ in digits.stream(digits.train, 5)] for _ in range(2)]
+        runs = [[x for x, _ in digits.stream(digits.data.train, 5)] for _ in range(2)]
         assert torch.equal(torch.cat(runs[0]), torch.cat(runs[1]))
 
     def test_labels_become_places(self):
@@ -258,10 +258,10 @@ class TestProblem:
         from bench.continual.problem import mnist_problem
 
         made = mnist_problem(halves(10))
-        assert len(made.train) == 54_000
-        seen = {row.numpy().tobytes() for row in made.train.pixels}
-        repeated = sum(row.numpy().tobytes() in seen for row in made.validation.pixels)
-        assert len(made.validation) == 6_000
+        assert len(made.data.train) == 54_000
+        seen = {row.numpy().tobytes() for row in made.data.train.pixels}
+        repeated = sum(row.numpy().tobytes() in seen for row in made.data.validation.pixels)
+        assert len(made.data.validation) == 6_000
         assert repeated < 10
 
 
@@ -290,7 +290,7 @@ def test_a_setting_is_judged_by_what_its_short_run_ends_with(digits, base, monke
     monkeypatch.setattr(Problem, "base", lambda self, seed: base)
     setting = PackNet.settings[1]
     judged = extension.Study(digits, extension.Runs(None), 3).tried(PackNet, setting)
-    short = replace(digits, test=digits.validation, epochs=1, old_epochs=1, longest=3)
+    short = digits.short(3)
     last = extension.measured(short, base, PackNet, setting, 0)["matrix"][-1]
     assert judged == pytest.approx(sum(last) / 2)
 

@@ -9,7 +9,7 @@ from helpers import quick
 from torch import nn
 
 from bench.datasets import small_digits
-from bench.study import figures, networks, rq1
+from bench.study import figures, networks, readme, rq1
 from bench.study.outcome import SPREAD, Outcome, spread
 
 
@@ -53,6 +53,18 @@ def test_every_network_answers_images_of_its_data_set(network):
     shape = (1, 28, 28) if "MNIST" in network.name else (3, 32, 32)
     with torch.no_grad():
         assert network.make().eval()(torch.zeros(2, *shape)).shape == (2, 10)
+
+
+def test_the_readme_shows_the_table_that_was_measured(tmp_path, monkeypatch):
+    assert f"{readme.BEGIN}\n{readme.table()}\n{readme.END}" in readme.README.read_text()
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}an old table\n{readme.END}after\n")
+    monkeypatch.setattr(readme, "README", page)
+    readme.update()
+    assert page.read_text().splitlines()[0] == "before"
+    assert readme.table() in page.read_text()
+    assert page.read_text().splitlines()[-1] == "after"
+    assert "an old table" not in page.read_text()
 
 
 def test_an_outcome_is_a_page_a_file_of_data_and_a_figure(tmp_path, monkeypatch):

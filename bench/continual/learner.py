@@ -95,7 +95,8 @@ class Naive:
 
     def learn(self, classes: tuple[int, ...], new: Stream) -> None:
         """The next task. ``before``: the logits of each earlier one for the test images."""
-        self.before = [self.answers(self.problem.test, task) for task in range(len(self.classes))]
+        images = self.problem.data.test
+        self.before = [self.answers(images, task) for task in range(len(self.classes))]
         self.add_head(classes)
         self.train_on(new)
 
@@ -145,8 +146,7 @@ class Naive:
     @torch.no_grad()
     def outputs(self, model: Callable[[Tensor], Tensor], images: Images) -> Tensor:
         """What a model says, batch by batch."""
-        parts = images.pixels.split(TEST_BATCH)
-        return torch.cat([model(self.problem.normalised(pixels)) for pixels in parts])
+        return torch.cat([model(x) for x, _ in self.problem.data.batches(images, TEST_BATCH)])
 
     def logits(self, x: Tensor, task: int) -> Tensor:
         """A task's logits of one batch."""

@@ -73,14 +73,13 @@ class Ours(Naive):
 
     def slicing(self) -> nss.SemanticSlicing:
         """Of the first task's classes."""
-        images = self.problem.train.of(self.classes[0])[:PROFILED]
-        parts = zip(images.pixels.split(BATCH), images.labels.split(BATCH), strict=True)
-        profiled = [(self.problem.normalised(x), y) for x, y in parts]
+        images = self.problem.data.train.of(self.classes[0])[:PROFILED]
+        profiled = self.problem.data.batches(images, BATCH)
         return nss.slice(nss.profile(self.model, profiled, ("taylor",)))
 
     def run(self, model: nn.Module) -> Tensor:
         """Answers to all test images."""
-        return self.outputs(model, self.problem.test)
+        return self.outputs(model, self.problem.data.test)
 
     def logits(self, x: Tensor, task: int) -> Tensor:
         if isinstance(self.model, TaskSet):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bench import cifar, datasets, mnist
 from bench.cifar import Images
+from bench.datasets import Data
 from bench.stream import Stream
 
 DECAY = 1e-2
@@ -31,24 +32,18 @@ class Problem:
 
     Attributes:
         key: for files and tables.
+        data: images of all classes.
         network: an untrained one with so many outputs.
         tasks: the classes of each task.
-        train, validation, test: images of all classes.
-        normalised: from uint8 to what the network takes.
-        prepared: the same for training, where images may be changed by chance.
         base_epochs, epochs: of the first task, and of each other.
         old_epochs: over the old images, for methods that prepare the network with them.
         longest: batches of a pass at most.
     """
 
     key: str
+    data: Data
     network: Callable[[int], nn.Module]
     tasks: tuple[tuple[int, ...], ...]
-    train: Images
-    validation: Images
-    test: Images
-    normalised: Callable[[Tensor], Tensor]
-    prepared: Callable[[Tensor, torch.Generator], Tensor]
     base_epochs: int
     epochs: int
     old_epochs: int
@@ -63,18 +58,25 @@ class Problem:
     def settings(self) -> str:
         """What runs depend on, for keys of kept results."""
         epochs = f"{self.base_epochs}+{self.old_epochs}+{self.epochs}"
-        return f"{len(self.train)} images, {epochs} epochs, batches of {BATCH}, decay {DECAY:g}"
+        return (
+            f"{len(self.data.train)} images, {epochs} epochs, batches of {BATCH}, decay {DECAY:g}"
+        )
+
+    def short(self, steps: int) -> Problem:
+        """One pass of so many batches a task, judged by images that are not the test's."""
+        data = replace(self.data, test=self.data.validation)
+        return replace(self, data=data, epochs=1, old_epochs=1, longest=steps)
 
     def stream(self, images: Images, seed: int, batches: int | None = None) -> Stream:
         """Training batches; in each pass all images, or so many batches."""
         batches = batches or max(1, len(images) // BATCH)
         batches = min(batches, self.longest or batches)
-        return Stream(images, BATCH, batches, seed, self.prepared)
+        return Stream(images, BATCH, batches, seed, self.data.prepared)
 
     def base(self, seed: int) -> nn.Module:
         """The network after its first task, in evaluation mode; trained once, and then kept."""
         classes = self.tasks[0]
-        images = self.train.of(classes)
+        images = self.data.train.of(classes)
         settings = f"{len(images)}-{self.base_epochs}-{BATCH}-{BASE_RATE:g}-{DECAY:g}-{seed}"
         kept = cifar.CACHE / f"base-{self.key}-{settings}.safetensors"
         if not kept.exists():
@@ -154,12 +156,14 @@ def pairs(classes: int) -> tuple[tuple[int, ...], ...]:
 
 def cifar_problem(tasks: tuple[tuple[int, ...], ...]) -> Problem:
     """CIFAR-10 as JPEGs, and ResNet-20, trained in mixed precision."""
-    return _problem(
+    return Problem(
         f"cifar-{len(tasks)}",
         datasets.cifar10(),
         lambda outputs: cifar.MixedResNet(3, outputs),
         tasks,
-        epochs=(8, 3, 2),
+        base_epochs=8,
+        epochs=3,
+        old_epochs=2,
     )
 
 
@@ -172,11 +176,12 @@ def mnist_problem(tasks: tuple[tuple[int, ...], ...], quick: bool = False) -> Pr
         return model
 
     data = datasets.mnist_digits()
-    made = _problem(f"mnist-{len(tasks)}", data, network, tasks, epochs=(2, 1, 1))
-    if not quick:
-        return made
-    few = (made.train[:2000], made.validation[:200], made.test[:500])
-    return replace(made, train=few[0], validation=few[1], test=few[2])
+    if quick:
+        train, validation, test = data.train[:2000], data.validation[:200], data.test[:500]
+        data = replace(data, train=train, validation=validation, test=test)
+    return Problem(
+        f"mnist-{len(tasks)}", data, network, tasks, base_epochs=2, epochs=1, old_epochs=1
+    )
 
 
 def digits_problem(tasks: tuple[tuple[int, ...], ...]) -> Problem:
@@ -195,29 +200,8 @@ def digits_problem(tasks: tuple[tuple[int, ...], ...]) -> Problem:
         )
 
     data = datasets.small_digits()
-    return _problem(f"digits-{len(tasks)}", data, network, tasks, epochs=(3, 2, 1))
-
-
-def _problem(
-    key: str,
-    data: datasets.Data,
-    network: Callable[[int], nn.Module],
-    tasks: tuple[tuple[int, ...], ...],
-    epochs: tuple[int, int, int],
-) -> Problem:
-    base, each, old = epochs
     return Problem(
-        key,
-        network,
-        tasks,
-        data.train,
-        data.validation,
-        data.test,
-        data.normalised,
-        data.prepared,
-        base_epochs=base,
-        epochs=each,
-        old_epochs=old,
+        f"digits-{len(tasks)}", data, network, tasks, base_epochs=3, epochs=2, old_epochs=1
     )
 
 

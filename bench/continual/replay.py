@@ -25,7 +25,7 @@ class Replay(Naive):
     share: ClassVar[float]
 
     def train_on(self, new: Stream) -> None:
-        old, images = sum(self.classes[:-1], ()), self.problem.train
+        old, images = sum(self.classes[:-1], ()), self.problem.data.train
         pool = with_replay(images, old, self.classes[-1], self.share, self.seed)
         super().train_on(self.problem.stream(pool, self.seed, len(new)))
 

@@ -12,6 +12,7 @@ from importlib import import_module
 
 from rich.console import Console
 
+from bench.study import readme
 from bench.study.outcome import Outcome
 
 QUESTIONS = ("rq1", "rq2", "rq3", "rq4")
@@ -34,6 +35,7 @@ def main() -> None:
         section.show(console)
     if not given.quick:
         print(f"wrote {found.write(given.question)}")
+        readme.update()
     print(found.summary())
 
 
