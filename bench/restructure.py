@@ -103,7 +103,7 @@ FULL = Size(
     latencies=(0.7,),
 )
 QUICK = Size(
-    calibration=200,
+    calibration=100,
     removed=(0.5,),
     importances=("L1, group", "Taylor", "random"),
     test=200,
@@ -128,7 +128,7 @@ class Study(Runs):
         self.calibration = self.images[: size.calibration].batches()
         self.test = cifar.load("test")[: size.test]
         self.parts = [self.test[part] for part in random_parts(len(self.test), 0.25)]
-        self._starts: dict[str, nn.Module] = {}
+        self._cut: dict[tuple[str, float, bool], nn.Module] = {}
 
     @cached_property
     def model(self) -> cifar.ResNet:
@@ -148,7 +148,13 @@ class Study(Runs):
         return found
 
     def cut(self, method: str, removed: float, compensate: bool) -> nn.Module:
-        """The network without the channels that a method finds least important."""
+        """The network without the channels that a method finds least important; a copy."""
+        key = method, removed, compensate
+        if key not in self._cut:
+            self._cut[key] = self._made(*key)
+        return copy.deepcopy(self._cut[key])
+
+    def _made(self, method: str, removed: float, compensate: bool) -> nn.Module:
         folded = self.calibration if compensate else None
         planned = plan(self.model, self.slicing, calibration=folded, keep=1 - removed)
         kept = planned.kept
@@ -175,9 +181,7 @@ class Study(Runs):
 
     def tuned(self, method: str, rate: float, seed: int) -> nn.Module:
         """The network with half of its inner channels, or as many multiply-adds, fine-tuned."""
-        if method not in self._starts:
-            self._starts[method] = self.cut(method, 0.5, method == BUDGETED)
-        model = copy.deepcopy(self._starts[method])
+        model = self.cut(method, 0.5, method == BUDGETED)
         stream = Stream(self.images, self.size.batch, self.size.steps, seed)
         finetune(model, stream, epochs=1, lr=rate)
         return model
