@@ -172,26 +172,14 @@ class ResNet(nn.Module):
         return self.linear(out.mean((2, 3)))
 
 
-class MixedResNet(ResNet):
-    """The same, for fast training: channels last, and in bfloat16 where gradients are recorded."""
-
-    def __init__(self, blocks: int, classes: int = 10) -> None:
-        super().__init__(blocks, classes)
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=torch.is_grad_enabled()):
-            return super().forward(x).float()
-
-
-def trained(name: str, network: type[ResNet] = ResNet) -> ResNet:
+def trained(name: str) -> ResNet:
     """A trained network in evaluation mode: ``"resnet20_cifar10"``, ``"resnet56_cifar10"`` (both
     of the original images) or ``"resnet20_cifar10_jpeg"``.
 
     Raises:
         FileNotFoundError: if there is none of that name.
     """
-    model = network(9 if name.startswith("resnet56") else 3)
+    model = ResNet(9 if name.startswith("resnet56") else 3)
     tensors = load_file(DATA / "models" / f"{name}.safetensors")
     missing_keys, unexpected = model.load_state_dict(tensors, strict=False)
     if unexpected or any(not key.endswith("num_batches_tracked") for key in missing_keys):

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import neusemslice as nss
 from bench import cifar
+from bench.mixed import mixed
 from bench.report import Column, Ratio, Result, Section, Target
 from bench.runs import RUNS, Runs
 from bench.stream import Stream, random_parts
@@ -177,7 +178,7 @@ class Study(Runs):
         self, method: str, setting: Setting, choice: Choice, stream: Stream, seed: int
     ) -> tuple[nn.Module, nss.Slice]:
         """A network after tuning, and neurons: those tuned by rows, or those that ours tunes."""
-        model = network(setting.network, cifar.MixedResNet)
+        model = mixed(network(setting.network))
         slicing = self.slicing(setting.network)
         chance = method == "random neurons"
         rows = random_neurons(slicing, seed) if chance else self.ours(setting.network)

@@ -117,9 +117,9 @@ def redundant_layers(model: nn.Module, stream: Stream) -> list[str]:
     return redundant(model, list(few))
 
 
-def network(name: str, kind: type[cifar.ResNet] = cifar.ResNet) -> nn.Module:
+def network(name: str) -> nn.Module:
     """The untuned network."""
-    return cifar.trained(f"{name.lower().replace('-', '')}_cifar10", kind)
+    return cifar.trained(f"{name.lower().replace('-', '')}_cifar10")
 
 
 @contextmanager

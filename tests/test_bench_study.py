@@ -1,5 +1,6 @@
 """The study: what its figures mean, and that every question is answered quickly on small data."""
 
+import copy
 import json
 
 import numpy as np
@@ -9,6 +10,7 @@ from helpers import quick
 from torch import nn
 
 from bench.datasets import small_digits
+from bench.mixed import mixed
 from bench.study import figures, networks, readme, rq1
 from bench.study.outcome import SPREAD, Outcome, spread
 
@@ -65,6 +67,21 @@ def test_the_readme_shows_the_table_that_was_measured(tmp_path, monkeypatch):
     assert readme.table() in page.read_text()
     assert page.read_text().splitlines()[-1] == "after"
     assert "an old table" not in page.read_text()
+
+
+def test_a_mixed_network_computes_in_bfloat16_where_gradients_are_recorded():
+    torch.manual_seed(0)
+    plain = networks.vgg11().eval()
+    model = mixed(copy.deepcopy(plain))
+    seen = []
+    model[0].register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+    assert model(x).dtype == torch.float32
+    assert seen == [torch.float32, torch.bfloat16]
+    assert isinstance(copy.deepcopy(model), nn.Sequential)
+    assert type(plain) is nn.Sequential
 
 
 def test_an_outcome_is_a_page_a_file_of_data_and_a_figure(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bench import cifar, datasets, mnist
 from bench.cifar import Images
 from bench.datasets import Data
+from bench.mixed import mixed
 from bench.stream import Stream
 
 DECAY = 1e-2
@@ -159,7 +160,7 @@ def cifar_problem(tasks: tuple[tuple[int, ...], ...]) -> Problem:
     return Problem(
         f"cifar-{len(tasks)}",
         datasets.cifar10(),
-        lambda outputs: cifar.MixedResNet(3, outputs),
+        lambda outputs: mixed(cifar.ResNet(3, outputs)),
         tasks,
         base_epochs=8,
         epochs=3,

@@ -34,6 +34,7 @@ import neusemslice as nss
 from bench import compression
 from bench.cifar import Block
 from bench.compression import RATE, Batches, First, Subject
+from bench.mixed import mixed
 from bench.report import Column, Result, Section
 from bench.runs import RUNS
 from bench.stream import Stream
@@ -123,10 +124,10 @@ QUICK = Size(
 
 def subject(network: Network, size: Size, seed: int) -> Subject:
     """A trained network as the study of compression takes it."""
-    data = network.data()
+    data, model = network.data(), network.trained(seed)
     return Subject(
         f"{network.name}, {network.epochs} epochs, seed {seed}",
-        network.trained(seed),
+        mixed(model) if network.mixed else model,
         lambda steps: Stream(data.train, BATCH, steps, seed, data.prepared),
         data.batches(data.train[: size.calibration], TEST_BATCH),
         data.batches(data.validation[: size.validation], TEST_BATCH),

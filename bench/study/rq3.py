@@ -14,6 +14,7 @@ their order.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import statistics
 from collections.abc import Callable
@@ -29,6 +30,7 @@ import neusemslice as nss
 from bench import cifar
 from bench.cifar import Images
 from bench.datasets import Data, cifar10
+from bench.mixed import mixed
 from bench.report import Column, Result, Section
 from bench.runs import RUNS, Runs
 from bench.stream import Stream
@@ -257,10 +259,8 @@ class Study(Runs):
 
     def trainable(self, model: nn.Module) -> nn.Module:
         """A copy that trains in mixed precision where its network does."""
-        mixed = isinstance(model, cifar.ResNet)
-        made = cifar.MixedResNet(3) if mixed else self.size.network.make()
-        made.load_state_dict(model.state_dict())
-        return made.eval()
+        own = copy.deepcopy(model)
+        return mixed(own) if self.size.network.mixed else own
 
     def chosen(self, method: str, family: str) -> Choice:
         """What is best on validation images after few steps."""
