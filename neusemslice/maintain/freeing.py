@@ -8,8 +8,12 @@ whose shares of a token depend on each other, and convolutions that read an imag
 general (Yosinski et al., How transferable are features in deep neural networks?, 2014), and their
 weights are few, so every task reads all of it.
 
-Of the old classes' neurons those go first that the others make up for, where there are samples to
-tell (``maintain/redundancy.py``). Accuracy in percent of LeNet-5, which has six neurons in its
+Places give up neurons by what goes with them: all keep the same share of their contribution
+(``maintain/budgets.py``). With 35 % of ResNet-20's inner channels free, of five classes of CIFAR-10
+and then five others, the stages of 16, 32 and 64 channels keep 75, 68 and 63 %; the old classes end
+at 83.5 % and the new at 89.4, against 83.0 and 89.2 with equal shares (validation images, one
+seed). Within a place those go first that the others make up for, where there are samples to tell
+(``maintain/redundancy.py``). Accuracy in percent of LeNet-5, which has six neurons in its
 first layer, on images of MNIST that it was not trained on; mean over tasks and over three seeds,
 which differ by up to 0.3 points from it:
 
@@ -42,6 +46,7 @@ import torch
 from torch import Tensor, nn
 
 from neusemslice.graph import Graph, Group, Site, weight_dims
+from neusemslice.maintain.budgets import kept_slice, most_that_fit, ranked
 from neusemslice.maintain.targets import ordered
 from neusemslice.maintain.tasks import batch_norms
 from neusemslice.slicing import SemanticSlicing, Slice
@@ -86,26 +91,26 @@ def needed(
 
     Args:
         model: that the slicing was made from.
-        capacity: share of each group's neurons that is free; ``None`` keeps the critical ones.
+        capacity: share of these groups' neurons that is free; ``None`` keeps the critical ones.
         old: samples to tell with which neurons others make up for; without, the least important
             ones are free.
         caller: named in errors.
     """
     graph = slicing.profile.graph
+    divided = separable(graph)
+    orders = ordered(model, slicing, None if capacity is None else old, caller)
+    groups = [group for group in ranked(slicing, orders, 1) if group.group in divided]
+    if capacity is not None:
+        most = math.ceil((1 - capacity) * sum(group.neurons for group in groups))
+        numbers = most_that_fit(groups, lambda each: sum(each) <= most)
+        return kept_slice(graph, groups, numbers).closed()
     critical = slicing.critical_slice()
     masks = Slice.whole(graph).masks()
-    orders = ordered(model, slicing, None if capacity is None else old, caller)
-    divided = separable(graph)
-    for group, order in zip(graph.groups, orders, strict=True):
-        if group not in divided:
-            continue
-        kept = torch.zeros(len(order), dtype=torch.bool)
-        if capacity is not None:
-            kept[order[: math.ceil((1 - capacity) * len(order))]] = True
-        else:
-            kept |= torch.stack([critical.mask(name) for name in group.sites]).any(0)
-        kept[order[0]] = True
-        masks.update(dict.fromkeys(group.sites, kept))
+    for group in groups:
+        sites = group.group.sites
+        kept = torch.stack([critical.mask(name) for name in sites]).any(0)
+        kept[group.order[0]] = True
+        masks.update(dict.fromkeys(sites, kept))
     return Slice(graph, masks).closed()
 
 
