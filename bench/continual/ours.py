@@ -1,7 +1,7 @@
 """Ours: earlier tasks' neurons are frozen, free ones learn the next task (``neusemslice.extend``).
 
-With ``T`` tasks each gets a T-th of the neurons that can be freed; of two the first may keep
-somewhat more. The first task's are trained to stand alone with old images, for as many
+With ``T`` tasks each gets a T-th of the neurons of each layer that can be freed; of two the first
+may keep somewhat more. The first task's are trained to stand alone with old images, for as many
 steps as PackNet trains after pruning.
 """
 

@@ -11,7 +11,7 @@ layers give up more neurons than those in which each one counts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,48 +118,6 @@ def of_contribution(groups: Sequence[Ranked], level: float) -> tuple[int, ...]:
     # What is short by no more than the sum's own rounding is not short.
     short = [group.losses > 1 - level + group.neurons * _EPS for group in groups]
     return _rounded(groups, [int(group.sum()) for group in short])
-
-
-def level_that_fits(
-    groups: Sequence[Ranked], fits: Callable[[tuple[int, ...]], bool], halvings: int
-) -> float:
-    """The greatest share of their contribution that all groups can keep, by so many halvings.
-
-    Args:
-        fits: whether the groups may keep so many neurons each; the fewest are kept in any case.
-    """
-    low, high = 0.0, 1.0
-    for _ in range(halvings):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(of_contribution(groups, middle)) else (low, middle)
-    return low
-
-
-def most_that_fit(
-    groups: Sequence[Ranked], fits: Callable[[tuple[int, ...]], bool]
-) -> tuple[int, ...]:
-    """How many neurons each group keeps if all keep the same share of their contribution, and then
-    steps of single groups as long as any fits, those first that win most by one.
-
-    Args:
-        fits: as for ``level_that_fits``.
-    """
-    whole = fits(of_contribution(groups, 1.0))
-    # So many halvings tell apart levels that are one neuron apart in any layer that fits in memory.
-    numbers = of_contribution(groups, 1.0 if whole else level_that_fits(groups, fits, 24))
-    open_groups = set(range(len(groups)))
-    while open_groups:
-        more = {i: stepped(numbers[i] + 1, groups[i]) for i in open_groups}
-        best = max(
-            sorted(open_groups),
-            key=lambda i: float(groups[i].losses[numbers[i]] - groups[i].losses[more[i]]),
-        )
-        candidate = (*numbers[:best], more[best], *numbers[best + 1 :])
-        if candidate != numbers and fits(candidate):
-            numbers = candidate
-        else:
-            open_groups.remove(best)  # what is too much now will be too much later
-    return numbers
 
 
 def _rounded(groups: Sequence[Ranked], numbers: Sequence[int]) -> tuple[int, ...]:

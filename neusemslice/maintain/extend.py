@@ -112,10 +112,10 @@ def extend(
             ``replay``.
         replay: share of the old samples that are trained on as "none of the new classes", so that
             ``model(x)`` can tell better whose a sample is; no old answer needs it.
-        capacity: share to free of all neurons that can be freed. Places give up more where it costs
-            the old classes less; with old samples neurons go first that the others make up for,
-            without them the least important. By default those that are critical to no class are
-            free. Of a ``TaskSet`` what no task has is free.
+        capacity: share of the neurons to free in each place where any can be freed: with old
+            samples those first that the others make up for, without them the least important. By
+            default those that are critical to no class are free. Of a ``TaskSet`` what no task has
+            is free.
         reserve: share of the free neurons that is left to later tasks.
         grow: adds so many neurons to each layer that can be widened, as a share of its own: free
             ones, nobody's yet. Answers are equal within rounding then, not to the bit, to those

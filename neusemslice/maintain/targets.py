@@ -18,11 +18,10 @@ from neusemslice.maintain.budgets import (
     Ranked,
     by_importance,
     kept_slice,
-    level_that_fits,
-    most_that_fit,
     of_contribution,
     of_share,
     ranked,
+    stepped,
 )
 from neusemslice.maintain.cost import sliced_cost
 from neusemslice.maintain.redundancy import by_redundancy
@@ -238,13 +237,39 @@ def _met(
             f"{caller}: {name}={target} cannot be met; the fewest neurons per group leave "
             f"{share_left(at(0.0)):.3f}"
         )
+    low, high = 0.0, 1.0
+    if name != "latency" and share_left(at(high)) <= target:
+        low = high
+    # Counted costs are met more finely than by one neuron of any layer that fits in memory. A
+    # measured one is not known better than to a few percent.
+    for _ in range(7 if name == "latency" else 24):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share_left(at(middle)) <= target else (low, middle)
+    numbers = at(low)
+    if name == "latency":
+        return keeping(numbers)
+    return keeping(_filled(groups, numbers, lambda more: share_left(more) <= target))
 
-    def meets(numbers: tuple[int, ...]) -> bool:
-        return share_left(numbers) <= target
 
-    if name == "latency":  # measured: it is not known better than to a few percent
-        return keeping(at(level_that_fits(groups, meets, 7)))
-    return keeping(most_that_fit(groups, meets))
+def _filled(
+    groups: list[Ranked],
+    numbers: tuple[int, ...],
+    fits: Callable[[tuple[int, ...]], bool],
+) -> tuple[int, ...]:
+    """Steps of single groups as long as any fits, those first that win most by one."""
+    open_groups = set(range(len(groups)))
+    while open_groups:
+        more = {i: stepped(numbers[i] + 1, groups[i]) for i in open_groups}
+        best = max(
+            sorted(open_groups),
+            key=lambda i: float(groups[i].losses[numbers[i]] - groups[i].losses[more[i]]),
+        )
+        candidate = (*numbers[:best], more[best], *numbers[best + 1 :])
+        if candidate != numbers and fits(candidate):
+            numbers = candidate
+        else:
+            open_groups.remove(best)  # what is too much now will be too much later
+    return numbers
 
 
 def removable(wanted: Slice, caller: str) -> Slice:
