@@ -22,8 +22,9 @@ def table() -> str:
             continue
         values = result["values"]
         cells = [
-            f"{values[key]:.1f} ± {values[deviation]:.1f}"
-            for key, deviation in (("old", "old_std"), ("new", "new_std"), ("mean", "std"))
+            f"{values[key]:.1f}" + ("" if deviation is None else f" ± {deviation:.1f}")
+            for key, name in (("old", "old_std"), ("new", "new_std"), ("mean", "std"))
+            for deviation in (values[name],)
         ]
         cells.append(f"{values['unchanged']:.0f}")
         lines.append(f"| {result['name'].removeprefix(PROBLEM)} | {' | '.join(cells)} |")
