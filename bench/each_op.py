@@ -286,11 +286,16 @@ def _grams() -> Iterator[Call]:
 
 
 def _row_gradients() -> Iterator[Call]:
-    def of(grad: Tensor, x: Tensor, run: Callable[[Tensor, Tensor, Tensor], Tensor]):
+    def of(grad: Tensor, x: Tensor, run: Callable[..., Tensor | tuple[Tensor, ...]]):
         def prepare(device: torch.device) -> Callable[[], list[Tensor]]:
             rows = torch.tensor([0, 3, 5, 6]).to(device)
             given = (grad.to(device), x.to(device))
-            return lambda: [run(*given, rows)]
+
+            def call() -> list[Tensor]:
+                found = run(*given, rows)
+                return [found] if isinstance(found, Tensor) else list(found)
+
+            return call
 
         return prepare
 
@@ -310,6 +315,17 @@ def _row_gradients() -> Iterator[Call]:
             yield Call(f"rows_conv_backward {groups} groups {dtype}", conv)
         bias = of(*planes, lambda grad, _, rows: ops.rows_bias_backward(grad, rows, 1))
         yield Call(f"rows_bias_backward {dtype}", bias)
+        for form in (torch.contiguous_format, torch.channels_last):
+            maps = (
+                _normal(5, 7, 9, 6, dtype=dtype, seed=n).contiguous(memory_format=form)
+                for n in (7, 4)
+            )
+            yield Call(f"rows_norm_backward {form} {dtype}", of(*maps, _norm))
+
+
+def _norm(grad: Tensor, x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    mean = torch.linspace(-1, 1, x.shape[1], device=x.device)
+    return ops.rows_norm_backward(grad, x, mean, mean.exp(), 1e-5, rows, rows[:2])
 
 
 def main() -> None:

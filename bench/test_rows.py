@@ -28,3 +28,10 @@ def test_weight_gradient(benchmark, kind, dtype, share):
 def test_bias_gradient(benchmark, dtype):
     grad, rows = torch.randn(32, 64, 28, 28).to(dtype), torch.arange(0, 64, 4)
     benchmark(ops.rows_bias_backward, grad, rows, 1)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_norm_gradients(benchmark, form):
+    grad, x = (torch.randn(32, 64, 28, 28).contiguous(memory_format=form) for _ in range(2))
+    mean, rows = torch.zeros(64), torch.arange(0, 64, 4)
+    benchmark(ops.rows_norm_backward, grad, x, mean, mean + 1, 1e-5, rows, rows)

@@ -4,7 +4,10 @@
 #include "ops/rows.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/ones_like.h>
 #include <torch/library.h>
+
+#include <utility>
 
 #include "ops/checks.h"
 
@@ -34,13 +37,28 @@ at::Tensor rows_bias_backward(const at::Tensor& grad, const at::Tensor& rows, in
   return op.call(grad, rows, neuron_dim);
 }
 
+std::tuple<at::Tensor, at::Tensor> rows_norm_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                      const at::Tensor& mean, const at::Tensor& var,
+                                                      double eps, const at::Tensor& rows,
+                                                      const at::Tensor& bias_rows) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow("neusemslice::rows_norm_backward", "")
+                       .typed<decltype(rows_norm_backward)>();
+  return op.call(grad, x, mean, var, eps, rows, bias_rows);
+}
+
 namespace {
+
+void check_list(const char* op, const at::Tensor& grad, const at::Tensor& rows,
+                const char* name = "rows") {
+  check_dtype(rows, at::kLong, op, name);
+  check_device(rows, grad.device(), op, name);
+  TORCH_CHECK_VALUE(rows.dim() == 1, op, ": ", name, " must be int64 [R], got ", describe(rows));
+}
 
 void check_common(const char* op, const at::Tensor& grad, const at::Tensor& rows) {
   check_floating(grad, op, "grad");
-  check_dtype(rows, at::kLong, op, "rows");
-  check_device(rows, grad.device(), op, "rows");
-  TORCH_CHECK_VALUE(rows.dim() == 1, op, ": rows must be int64 [R], got ", describe(rows));
+  check_list(op, grad, rows);
 }
 
 void check_input(const char* op, const at::Tensor& grad, const at::Tensor& x) {
@@ -49,15 +67,15 @@ void check_input(const char* op, const at::Tensor& grad, const at::Tensor& x) {
 }
 
 // On the CPU, where looking costs nothing.
-void check_rows(const char* op, const at::Tensor& rows, int64_t size) {
+void check_rows(const char* op, const at::Tensor& rows, int64_t size, const char* name = "rows") {
   if (!rows.is_cpu()) return;
   int64_t last = -1;
   for (int64_t r = 0; r < rows.numel(); ++r) {
     const int64_t row = rows.const_data_ptr<int64_t>()[r * rows.stride(0)];
-    TORCH_CHECK_VALUE(row >= 0 && row < size, op, ": rows must lie in [0, ", size, "), got ", row,
-                      " at index ", r);
-    TORCH_CHECK_VALUE(last < row, op, ": rows must rise without repeats, got ", row, " after ",
-                      last, " at index ", r);
+    TORCH_CHECK_VALUE(row >= 0 && row < size, op, ": ", name, " must lie in [0, ", size, "), got ",
+                      row, " at index ", r);
+    TORCH_CHECK_VALUE(last < row, op, ": ", name, " must rise without repeats, got ", row,
+                      " after ", last, " at index ", r);
     last = row;
   }
 }
@@ -150,6 +168,29 @@ int64_t checked_bias(const at::Tensor& grad, const at::Tensor& rows, int64_t neu
   return dim;
 }
 
+NormRows checked_norm(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& mean,
+                      const at::Tensor& var, const at::Tensor& rows, const at::Tensor& bias_rows) {
+  const char* op = "rows_norm_backward";
+  check_common(op, grad, rows);
+  check_list(op, grad, bias_rows, "bias_rows");
+  check_input(op, grad, x);
+  TORCH_CHECK_VALUE(grad.dim() >= 2, op, ": grad must be [N, C, ...], got ", describe(grad));
+  check_shape(x, grad.sizes(), op, "x");
+  check_floating(mean, op, "mean");
+  check_dtype(var, mean.scalar_type(), op, "var");
+  for (const auto& [name, t] : {std::pair("mean", mean), std::pair("var", var)}) {
+    check_device(t, grad.device(), op, name);
+    check_shape(t, {grad.size(1)}, op, name);
+  }
+  check_rows(op, rows, grad.size(1));
+  check_rows(op, bias_rows, grad.size(1), "bias_rows");
+  const at::ScalarType value = grad.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::MemoryFormat format = x.suggest_memory_format();
+  const at::Tensor center = mean.to(value);
+  return {grad.contiguous(format), x.contiguous(format), center, var.to(value),
+          at::ones_like(center)};
+}
+
 }  // namespace neusemslice::ops
 
 TORCH_LIBRARY_FRAGMENT(neusemslice, m) {
@@ -158,4 +199,7 @@ TORCH_LIBRARY_FRAGMENT(neusemslice, m) {
       "rows_conv_backward(Tensor grad, Tensor x, Tensor rows, int[] kernel_size, int[] stride, "
       "int[] padding, int[] dilation, int groups) -> Tensor");
   m.def("rows_bias_backward(Tensor grad, Tensor rows, int neuron_dim) -> Tensor");
+  m.def(
+      "rows_norm_backward(Tensor grad, Tensor x, Tensor mean, Tensor var, float eps, Tensor rows, "
+      "Tensor bias_rows) -> (Tensor, Tensor)");
 }

@@ -14,18 +14,23 @@
 //   three spatial dimensions -> [R, I / groups, kernel_size]. stride, padding and dilation have one
 //   entry per spatial dimension; padding is by zeros.
 // rows_bias_backward: grad, the neurons in its dimension neuron_dim -> [R], the sum of all else.
+// rows_norm_backward: of a batch norm with given statistics. grad and x [N, C, ...], mean and var
+//   [C] of one floating dtype; rows are of its weight, bias_rows of its bias -> [R] and [R'], the
+//   sums over all but C of grad times the normalised x, and of grad. All channels are read.
 //
-// Results are contiguous, of grad's dtype; sums are in float64 for float64 and in float32 for all
-// others, rounded once at the end. On the CPU they are taken in an order that depends on shapes
-// alone, so the bits are the same each time, at any number of threads; those of rows_conv_backward
-// and rows_bias_backward also with any instruction set. On CUDA they are as deterministic as the
-// ATen operators that they are made of, and factors of float32 are rounded to TF32 where torch
-// allows that. A value of x that is not finite may spoil all taps of its channel. The first two are
-// differentiable by formulas that stand beside their Python wrappers.
+// Results are contiguous, of grad's dtype, those of rows_norm_backward of mean's; sums are in
+// float64 for float64 and in float32 for all others, rounded once at the end. On the CPU they are
+// taken in an order that depends on shapes and memory formats alone, so the bits are the same each
+// time, at any number of threads; those of rows_conv_backward and rows_bias_backward also with any
+// instruction set. On CUDA they are as deterministic as the ATen operators that they are made of,
+// and factors of float32 are rounded to TF32 where torch allows that. A value of x that is not
+// finite may spoil all taps of its channel. All are differentiable in grad and x by formulas that
+// stand beside their Python wrappers.
 
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <tuple>
 #include <vector>
 
 namespace neusemslice::ops {
@@ -38,6 +43,11 @@ at::Tensor rows_conv_backward(const at::Tensor& grad, const at::Tensor& x, const
                               at::IntArrayRef padding, at::IntArrayRef dilation, int64_t groups);
 
 at::Tensor rows_bias_backward(const at::Tensor& grad, const at::Tensor& rows, int64_t neuron_dim);
+
+std::tuple<at::Tensor, at::Tensor> rows_norm_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                      const at::Tensor& mean, const at::Tensor& var,
+                                                      double eps, const at::Tensor& rows,
+                                                      const at::Tensor& bias_rows);
 
 // What the CPU and the CUDA kernels share: checked arguments.
 
@@ -77,5 +87,17 @@ std::vector<int64_t> conv_rows_sizes(const ConvShape& shape, const at::Tensor& r
 
 // neuron_dim, counted from the front.
 int64_t checked_bias(const at::Tensor& grad, const at::Tensor& rows, int64_t neuron_dim);
+
+// grad and x in one memory format; mean, var and a weight of ones in the dtype of the sums.
+struct NormRows {
+  at::Tensor grad;
+  at::Tensor x;
+  at::Tensor mean;
+  at::Tensor var;
+  at::Tensor weight;
+};
+
+NormRows checked_norm(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& mean,
+                      const at::Tensor& var, const at::Tensor& rows, const at::Tensor& bias_rows);
 
 }  // namespace neusemslice::ops

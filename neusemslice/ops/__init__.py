@@ -26,6 +26,7 @@ from neusemslice.ops.rows import (  # noqa: E402
     rows_bias_backward,
     rows_conv_backward,
     rows_linear_backward,
+    rows_norm_backward,
 )
 from neusemslice.ops.similarity import (  # noqa: E402
     Edges,
@@ -67,4 +68,5 @@ __all__ = [
     "rows_bias_backward",
     "rows_conv_backward",
     "rows_linear_backward",
+    "rows_norm_backward",
 ]

@@ -27,15 +27,11 @@ class Kind(Protocol):
 
     Attributes:
         neuron_dim: of the weight.
-        output_dim: the dimension of the output that the neurons lie in.
         autocast: whether autocast would round the layer's arguments.
     """
 
     @property
     def neuron_dim(self) -> int: ...
-
-    @property
-    def output_dim(self) -> int: ...
 
     @property
     def autocast(self) -> bool: ...
@@ -46,13 +42,47 @@ class Kind(Protocol):
 
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor: ...
 
-    def row_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        """Of the weight, its shape with the number of rows along ``neuron_dim``."""
+    def row_gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        rows: Tensor | None,
+        bias_rows: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of the weight, its shape with the number of rows along ``neuron_dim``, and of the bias;
+        None where no rows are given."""
         ...
 
 
+class _WeightAndBias:
+    """A layer that adds its bias to what the weight gives: each has a gradient of its own.
+
+    Attributes:
+        output_dim: the dimension of the output that the neurons lie in.
+    """
+
+    output_dim: int
+
+    def row_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def row_gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        rows: Tensor | None,
+        bias_rows: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        return (
+            None if rows is None else self.row_gradient(grad, x, weight, rows),
+            None if bias_rows is None else ops.rows_bias_backward(grad, bias_rows, self.output_dim),
+        )
+
+
 @dataclass(frozen=True)
-class LinearKind:
+class LinearKind(_WeightAndBias):
     """``x @ weight.T`` where the neurons are rows of the weight, ``x @ weight`` else."""
 
     neuron_dim: int
@@ -71,7 +101,7 @@ class LinearKind:
 
 
 @dataclass(frozen=True)
-class ConvKind:
+class ConvKind(_WeightAndBias):
     """A convolution of any number of dimensions; its input is batched and its padding numbers."""
 
     stride: tuple[int, ...]
@@ -108,7 +138,7 @@ class ConvKind:
 
 
 @dataclass(frozen=True)
-class TransposedConvKind:
+class TransposedConvKind(_WeightAndBias):
     """A transposed convolution, whose weight is ``[I, O / groups, ...]``."""
 
     stride: tuple[int, ...]
@@ -143,7 +173,7 @@ class TransposedConvKind:
 
 
 @dataclass(frozen=True)
-class EmbeddingKind:
+class EmbeddingKind(_WeightAndBias):
     """A table of rows that integers choose from; the neurons are its rows, or its features."""
 
     neuron_dim: int
@@ -181,13 +211,6 @@ class EmbeddingKind:
         return cast("Tensor", found if self.neuron_dim == 1 else found[:count])
 
 
-def _channels(t: Tensor, rows: Tensor) -> Tensor:
-    """Some channels of ``[N, C, ...]``; those of a tensor in channels last are gathered there."""
-    if t.stride(1) == 1:  # torch would first copy all of it into the other layout
-        return t.movedim(1, -1).index_select(-1, rows).movedim(-1, 1)
-    return t.index_select(1, rows)
-
-
 @dataclass(frozen=True)
 class BatchNormKind:
     """A batch norm with given statistics: each neuron times a number, plus another."""
@@ -196,7 +219,6 @@ class BatchNormKind:
     var: Tensor
     eps: float
     neuron_dim: int = 0
-    output_dim: int = 1
     autocast: bool = False
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -206,19 +228,25 @@ class BatchNormKind:
         scale = weight * torch.rsqrt(self.var + self.eps)
         return (grad * scale.view(-1, *[1] * (grad.dim() - 2))).to(x.dtype)
 
-    def row_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        # Of the tuned neurons alone, it is that of a convolution with one tap for each.
-        def chosen(t: Tensor) -> Tensor:
-            some = _channels(t, rows).to(self.mean.dtype)
-            return some.reshape(len(t), len(rows), -1)
-
-        mean, var = self.mean.index_select(0, rows), self.var.index_select(0, rows)
-        spread = torch.rsqrt(var + self.eps)
-        normal = (chosen(x) - mean.view(-1, 1)) * spread.view(-1, 1)
-        every = torch.arange(len(rows), device=rows.device)
-        return ops.rows_conv_backward(
-            chosen(grad), normal, every, [1], [1], [0], [1], len(rows)
-        ).flatten()
+    def row_gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        rows: Tensor | None,
+        bias_rows: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        none = torch.empty(0, dtype=torch.int64, device=grad.device)
+        of_rows, of_bias = ops.rows_norm_backward(
+            grad,
+            x.to(grad.dtype),
+            self.mean,
+            self.var,
+            self.eps,
+            none if rows is None else rows,
+            none if bias_rows is None else bias_rows,
+        )
+        return None if rows is None else of_rows, None if bias_rows is None else of_bias
 
 
 class _TunedRows(torch.autograd.Function):
@@ -251,12 +279,16 @@ class _TunedRows(torch.autograd.Function):
             )
             return (None, *found, *[None] * 4)
         of_x = kind.input_gradient(grad, x, weight) if wanted[0] else None
-        of_rows = of_bias = None
-        if wanted[1]:
-            of_rows = kind.row_gradient(grad, x, weight, rows).to(tuned.dtype)
-        if wanted[2]:
-            of_bias = ops.rows_bias_backward(grad, bias_rows, kind.output_dim).to(tuned_bias.dtype)
-        return (None, of_x, of_rows, of_bias, *[None] * 4)
+        of_rows, of_bias = kind.row_gradients(
+            grad, x, weight, rows if wanted[1] else None, bias_rows if wanted[2] else None
+        )
+        return (
+            None,
+            of_x,
+            None if of_rows is None else of_rows.to(tuned.dtype),
+            None if of_bias is None else of_bias.to(tuned_bias.dtype),
+            *[None] * 4,
+        )
 
 
 def _differentiable(

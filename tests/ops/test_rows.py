@@ -1,5 +1,7 @@
 """Gradients of tuned rows against torch's own, contracts, laws and derivatives."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import cuda_implementation, layouts, num_threads, same_bits
@@ -54,6 +56,23 @@ def assert_close(found, expected, x_dtype, terms):
     )
 
 
+def norm_case(shape, dtype=torch.float32, device="cpu", of=torch.float32):
+    """Mean and variance of ``shape``'s channels, and rows of a weight and of a bias."""
+    channels = shape[1]
+    mean, var = torch.randn(channels, dtype=of), torch.rand(channels, dtype=of) + 0.5
+    rows, bias_rows = rows_of(channels, channels // 2, device), rows_of(channels, 2, device)
+    return mean.to(device), var.to(device), 1e-3, rows, bias_rows
+
+
+def norm_gradients(grad, x, mean, var, eps, rows, bias_rows):
+    """Both gradients in float64, of the rows."""
+    shape = (-1, *[1] * (x.dim() - 2))
+    mean, var = mean.double().view(shape), var.double().view(shape)
+    normal = (x.double() - mean) / (var + eps).sqrt()
+    others = [d for d in range(x.dim()) if d != 1]
+    return (grad.double() * normal).sum(others)[rows], grad.double().sum(others)[bias_rows]
+
+
 class TestValues:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("layout", LAYOUTS)
@@ -80,14 +99,21 @@ class TestValues:
         assert_close(found, conv_gradient(grad, x, *options)[rows], dtype, 5 * 63)
         assert found.is_contiguous()
 
-    def test_channels_last(self, device):
-        grad, x, options = conv_case(device=device)
+    # Of the second all threads have samples to make planes of, in whole blocks and what is left.
+    @pytest.mark.parametrize("size", [(5, 6, 8, 9, 7), (50, 6, 8, 12, 11)], ids=str)
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_conv_has_the_same_bits_in_channels_last(self, dtype, size, device):
+        grad, x, options = conv_case(size, groups=2, dtype=dtype, device=device)
         rows = rows_of(8, 4, device)
+        found = ops.rows_conv_backward(grad, x, rows, *options)
         expected = conv_gradient(grad, x, *options)[rows]
         for a, b in [(True, False), (False, True), (True, True)]:
             g = grad.contiguous(memory_format=torch.channels_last) if a else grad
             i = x.contiguous(memory_format=torch.channels_last) if b else x
-            assert_close(ops.rows_conv_backward(g, i, rows, *options), expected, x.dtype, 5 * 63)
+            again = ops.rows_conv_backward(g, i, rows, *options)
+            if device.type == "cpu":
+                assert same_bits(again, found)
+            assert_close(again, expected, dtype, grad[:, 0].numel())
 
     @given(st.data())
     def test_any_convolution(self, data):
@@ -129,6 +155,38 @@ class TestValues:
         found = ops.rows_bias_backward(last, rows, 1)
         assert torch.equal(found, ops.rows_bias_backward(grad, rows, 1))
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_norm(self, dtype, layout, device):
+        of = torch.promote_types(dtype, torch.float32)
+        for shape in [(9, 7), (5, 6, 8), (3, 5, 9, 7), (2, 4, 3, 5, 6)]:
+            grad, x = (layouts(shape, dtype, device)[layout] for _ in range(2))
+            given = norm_case(shape, dtype, device, of)
+            found = ops.rows_norm_backward(grad, x, *given)
+            expected = norm_gradients(grad, x, *given)
+            for a, b in zip(found, expected, strict=True):
+                assert_close(a, b, of, 8 * grad[:, 0].numel())
+
+    def test_norm_of_many_samples_in_channels_last(self, device):
+        shape = (41, 16, 35, 33)  # of several parts
+        grad, x = (torch.randn(shape, device=device) for _ in range(2))
+        given = norm_case(shape, device=device)
+        expected = norm_gradients(grad, x, *given)
+        for last in (False, True):
+            form = torch.channels_last if last else torch.contiguous_format
+            found = ops.rows_norm_backward(
+                grad.contiguous(memory_format=form), x.contiguous(memory_format=form), *given
+            )
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-2)
+
+    def test_norm_of_half_precision_with_statistics_of_its_own(self, device):
+        grad, x = (torch.randn(6, 4, 5, device=device).bfloat16() for _ in range(2))
+        given = norm_case(x.shape, torch.bfloat16, device, torch.bfloat16)
+        found = ops.rows_norm_backward(grad, x, *given)
+        for a, b in zip(found, norm_gradients(grad, x, *given), strict=True):
+            assert_close(a, b, torch.bfloat16, 240)
+
     def test_what_is_empty(self, device):
         def zeros(*shape):
             return torch.zeros(shape, device=device)
@@ -148,6 +206,11 @@ class TestValues:
             assert not ops.rows_conv_backward(grad, x, one, *where).any()
         assert ops.rows_bias_backward(zeros(4, 3, 0), one, 1).tolist() == [0]
         assert ops.rows_bias_backward(zeros(4, 3), none, 1).shape == (0,)
+        for shape in [(0, 3, 2), (4, 3, 0), (4, 3, 2)]:
+            given = (zeros(*shape), zeros(*shape), zeros(3), zeros(3), 1e-3)
+            of_rows, of_bias = ops.rows_norm_backward(*given, one, none)
+            assert of_rows.tolist() == [0]
+            assert of_bias.shape == (0,)
 
 
 class TestCudaImplementation:
@@ -176,6 +239,16 @@ class TestCudaImplementation:
         assert found.is_contiguous()
         assert_close(found, conv_gradient(grad, x, *options)[rows], x.dtype, grad[:, 0].numel())
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_norm(self, layout, dtype):
+        of = torch.promote_types(dtype, torch.float32)
+        grad, x = (layouts((5, 8, 9, 7), dtype, "cpu")[layout] for _ in range(2))
+        given = norm_case(x.shape, dtype, of=of)
+        found = cuda_implementation("rows_norm_backward", grad, x, *given)
+        for a, b in zip(found, norm_gradients(grad, x, *given), strict=True):
+            assert_close(a, b, of, 8 * grad[:, 0].numel())
+
     def test_what_is_empty(self):
         one, where = rows_of(1, 1), ([2], [1], [0], [1], 1)
         for samples, places in [(0, 5), (2, 1), (2, 0)]:
@@ -190,11 +263,21 @@ class TestDeterminism:
         torch.manual_seed(3)
         grad, x, options = conv_case((40, 5, 7, 9, 8), dtype=dtype)
         rows = rows_of(7, 4)
+        last_x = x.contiguous(memory_format=torch.channels_last)
         yield lambda: ops.rows_conv_backward(grad, x, rows, *options)
+        yield lambda: ops.rows_conv_backward(grad, last_x, rows, *options)
         yield lambda: ops.rows_bias_backward(grad, rows, 1)
         flat_grad, flat_x = torch.randn(5000, 33).to(dtype), torch.randn(5000, 200).to(dtype)
         flat_rows = rows_of(33, 8)
         yield lambda: ops.rows_linear_backward(flat_grad, flat_x, flat_rows)
+        for shape in [(40, 16, 30, 32), (1, 16, 64, 64)]:
+            maps = torch.randn(2, *shape).to(dtype)
+            given = norm_case(shape)
+            for form in (torch.contiguous_format, torch.channels_last):
+                of, read = (t.contiguous(memory_format=form) for t in maps)
+                yield partial(
+                    lambda *args: torch.cat(ops.rows_norm_backward(*args)), of, read, *given
+                )
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_same_bits_twice_and_at_any_thread_count(self, dtype):
@@ -206,7 +289,7 @@ class TestDeterminism:
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_every_instruction_set_gives_the_same_bits(self, dtype, each_capability):
-        for run in list(self.cases(dtype))[:2]:
+        for run in list(self.cases(dtype))[:3]:
             results = []
             for name in each_capability:
                 _C.set_cpu_capability(name)
@@ -265,10 +348,37 @@ class TestContract:
         with pytest.raises(ValueError, match=r"rows_bias_backward: rows must lie in \[0, 1\)"):
             ops.rows_bias_backward(torch.zeros(2, 1), rows, 1)
 
+    @pytest.mark.parametrize(
+        ("change", "error", "message"),
+        [
+            ({"grad": torch.zeros(2), "x": torch.zeros(2)}, ValueError, r"must be \[N, C, "),
+            ({"x": torch.zeros(2, 3, 5)}, ValueError, r"x must have shape \[2, 3, 4\]"),
+            ({"x": torch.zeros(2, 3, 4).double()}, TypeError, "x must be float32, got float64"),
+            ({"mean": torch.zeros(3).long()}, TypeError, "mean must be float64"),
+            ({"mean": torch.zeros(4)}, ValueError, r"mean must have shape \[3\]"),
+            ({"var": torch.zeros(3).double()}, TypeError, "var must be float32, got float64"),
+            ({"rows": torch.tensor([3])}, ValueError, r"rows must lie in \[0, 3\), got 3"),
+            ({"bias_rows": torch.zeros(1)}, TypeError, "bias_rows must be int64"),
+            ({"bias_rows": torch.tensor([2, 1])}, ValueError, "bias_rows must rise"),
+        ],
+    )
+    def test_norm_refuses(self, change, error, message):
+        given = {
+            **dict.fromkeys(("grad", "x"), torch.zeros(2, 3, 4)),
+            **dict.fromkeys(("mean", "var"), torch.zeros(3)),
+            "eps": 1e-3,
+            **dict.fromkeys(("rows", "bias_rows"), torch.tensor([1])),
+        }
+        with pytest.raises(error, match=f"rows_norm_backward: .*{message}"):
+            ops.rows_norm_backward(**given | change)
+
     def test_mixed_devices_are_refused(self):
         grad, rows = torch.zeros(2, 3), torch.tensor([1])
         with pytest.raises(ValueError, match="must be on one device, got cpu and meta"):
             ops.rows_linear_backward(grad, torch.zeros(2, 4, device="meta"), rows)
+        of = torch.zeros(3, device="meta")
+        with pytest.raises(ValueError, match="must be on one device, got cpu and meta"):
+            ops.rows_norm_backward(grad, grad, of, of, 1e-3, rows, rows)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     def test_opcheck(self, layout, device):
@@ -284,16 +394,20 @@ class TestContract:
         where = ([3, 3], [2, 2], [1, 1], [1, 1], 2)
         opcheck(named.rows_conv_backward, (grad, x, rows, *where))
         opcheck(named.rows_bias_backward, (grad, rows, 1))
+        x = layouts((3, 6, 4, 4), torch.float32, device)[layout]
+        opcheck(named.rows_norm_backward, (grad, x, *norm_case(x.shape, device=device)))
 
     def test_compiled_as_one_graph(self, device):
         grad, x, options = conv_case(device=device)
         rows = rows_of(8, 3, device)
         narrow = rows_of(7, 2, device)
+        given = norm_case(grad.shape, device=device)
 
         def run(grad, x):
             of_weight = ops.rows_conv_backward(grad, x, rows, *options)
             of_linear = ops.rows_linear_backward(grad[:, :6], x, narrow)
-            return of_weight, ops.rows_bias_backward(grad, rows, 1), of_linear
+            of_norm = ops.rows_norm_backward(grad, grad * 2, *given)
+            return of_weight, ops.rows_bias_backward(grad, rows, 1), of_linear, *of_norm
 
         compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
         for a, b in zip(compiled(grad, x), run(grad, x), strict=True):
@@ -328,3 +442,16 @@ class TestDerivatives:
         ]:
             assert torch.autograd.gradcheck(run, inputs)
             assert torch.autograd.gradgradcheck(run, inputs)
+
+    def test_norm(self, device):
+        grad, x = (
+            torch.randn(3, 5, 2, dtype=torch.float64, device=device, requires_grad=True)
+            for _ in range(2)
+        )
+        given = norm_case(x.shape, torch.float64, device, torch.float64)
+
+        def run(grad, x):
+            return ops.rows_norm_backward(grad, x, *given)
+
+        assert torch.autograd.gradcheck(run, (grad, x))
+        assert torch.autograd.gradgradcheck(run, (grad, x))

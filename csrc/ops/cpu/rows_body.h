@@ -16,15 +16,16 @@ void pack_grad_of(const PackGradJob& job, int64_t first_sample, int64_t last_sam
   const ConvRowsLayout& at = *job.layout;
   const auto& [depth, height, width] = at.output;
   for (int64_t n = first_sample; n < last_sample; ++n) {
-    for (int64_t r = 0; r < job.row_count; ++r) {
-      const S* from = static_cast<const S*>(job.grad) + n * job.sample_stride +
-                      job.rows[r] * job.channel_stride;
-      ValueOf<S>* to = static_cast<ValueOf<S>*>(job.packed) + (n * job.row_count + r) * at.line;
-      std::fill_n(to, at.line, ValueOf<S>{});
-      for (int64_t z = 0; z < depth; ++z) {
-        for (int64_t y = 0; y < height; ++y) {
-          const S* line = from + z * job.strides[0] + y * job.strides[1];
-          ValueOf<S>* packed = to + (z * at.extent[1] + y) * at.extent[2];
+    const S* from = static_cast<const S*>(job.grad) + n * job.sample_stride;
+    ValueOf<S>* to = static_cast<ValueOf<S>*>(job.packed) + n * job.row_count * at.line;
+    std::fill_n(to, job.row_count * at.line, ValueOf<S>{});
+    for (int64_t z = 0; z < depth; ++z) {
+      for (int64_t y = 0; y < height; ++y) {
+        // All rows of a line before the next: in channels last they share its cache lines.
+        for (int64_t r = 0; r < job.row_count; ++r) {
+          const S* line =
+              from + job.rows[r] * job.channel_stride + z * job.strides[0] + y * job.strides[1];
+          ValueOf<S>* packed = to + r * at.line + (z * at.extent[1] + y) * at.extent[2];
           for (int64_t i = 0; i < width; ++i) packed[i] = to_value(line[i * job.strides[2]]);
         }
       }

@@ -9,6 +9,7 @@
 //   few rows, R * G <= O      each row against all channels of x, of which it keeps its group's
 //   R <= G, R < O             each row a group of its own, its group's channels of x gathered
 //   more                      the whole weight's gradient, of which the rows are kept
+// Norm: ATen's gradient of all channels.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/convolution_backward.h>
@@ -16,6 +17,7 @@
 #include <ATen/ops/floor_divide.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/native_batch_norm_backward.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/accumulate.h>
 #include <torch/library.h>
@@ -105,6 +107,21 @@ at::Tensor rows_bias_backward_cuda(const at::Tensor& grad, const at::Tensor& row
   return grad.index_select(dim, rows).movedim(dim, 0).flatten(1).sum(1);
 }
 
+std::tuple<at::Tensor, at::Tensor> rows_norm_backward_cuda(
+    const at::Tensor& grad, const at::Tensor& x, const at::Tensor& mean, const at::Tensor& var,
+    double eps, const at::Tensor& rows, const at::Tensor& bias_rows) {
+  const PlainDispatch plain;
+  const NormRows norm = checked_norm(grad, x, mean, var, rows, bias_rows);
+  if (x.numel() == 0) {
+    return {at::zeros({rows.numel()}, mean.options()),
+            at::zeros({bias_rows.numel()}, mean.options())};
+  }
+  const auto [of_input, of_weight, of_bias] = at::native_batch_norm_backward(
+      norm.grad, norm.x, norm.weight, norm.mean, norm.var, {}, {}, false, eps, {false, true, true});
+  return {of_weight.index_select(0, rows).to(mean.scalar_type()),
+          of_bias.index_select(0, bias_rows).to(mean.scalar_type())};
+}
+
 }  // namespace
 }  // namespace neusemslice::ops
 
@@ -112,4 +129,5 @@ TORCH_LIBRARY_IMPL(neusemslice, CUDA, m) {
   m.impl("rows_linear_backward", &neusemslice::ops::rows_linear_backward_cuda);
   m.impl("rows_conv_backward", &neusemslice::ops::rows_conv_backward_cuda);
   m.impl("rows_bias_backward", &neusemslice::ops::rows_bias_backward_cuda);
+  m.impl("rows_norm_backward", &neusemslice::ops::rows_norm_backward_cuda);
 }
