@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from neusemslice import ops
+
+Rows: TypeAlias = tuple[Tensor | None, Tensor | None]
+"""Rows of a weight and of a bias, or their gradients; None where there are none."""
 
 
 class Kind(Protocol):
@@ -42,16 +45,8 @@ class Kind(Protocol):
 
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor: ...
 
-    def row_gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        rows: Tensor | None,
-        bias_rows: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Of the weight, its shape with the number of rows along ``neuron_dim``, and of the bias;
-        None where no rows are given."""
+    def row_gradients(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Rows) -> Rows:
+        """Of the weight, with the number of rows along ``neuron_dim``, and of the bias."""
         ...
 
 
@@ -67,17 +62,11 @@ class _WeightAndBias:
     def row_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def row_gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        rows: Tensor | None,
-        bias_rows: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def row_gradients(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Rows) -> Rows:
+        own, of_bias = rows
         return (
-            None if rows is None else self.row_gradient(grad, x, weight, rows),
-            None if bias_rows is None else ops.rows_bias_backward(grad, bias_rows, self.output_dim),
+            None if own is None else self.row_gradient(grad, x, weight, own),
+            None if of_bias is None else ops.rows_bias_backward(grad, of_bias, self.output_dim),
         )
 
 
@@ -228,25 +217,14 @@ class BatchNormKind:
         scale = weight * torch.rsqrt(self.var + self.eps)
         return (grad * scale.view(-1, *[1] * (grad.dim() - 2))).to(x.dtype)
 
-    def row_gradients(
-        self,
-        grad: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        rows: Tensor | None,
-        bias_rows: Tensor | None,
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def row_gradients(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Rows) -> Rows:
         none = torch.empty(0, dtype=torch.int64, device=grad.device)
-        of_rows, of_bias = ops.rows_norm_backward(
-            grad,
-            x.to(grad.dtype),
-            self.mean,
-            self.var,
-            self.eps,
-            none if rows is None else rows,
-            none if bias_rows is None else bias_rows,
+        chosen = (none if some is None else some for some in rows)
+        found = ops.rows_norm_backward(
+            grad, x.to(grad.dtype), self.mean, self.var, self.eps, *chosen
         )
-        return None if rows is None else of_rows, None if bias_rows is None else of_bias
+        own, of_bias = (None if some is None else t for some, t in zip(rows, found, strict=True))
+        return own, of_bias
 
 
 class _TunedRows(torch.autograd.Function):
@@ -280,7 +258,7 @@ class _TunedRows(torch.autograd.Function):
             return (None, *found, *[None] * 4)
         of_x = kind.input_gradient(grad, x, weight) if wanted[0] else None
         of_rows, of_bias = kind.row_gradients(
-            grad, x, weight, rows if wanted[1] else None, bias_rows if wanted[2] else None
+            grad, x, weight, (rows if wanted[1] else None, bias_rows if wanted[2] else None)
         )
         return (
             None,
