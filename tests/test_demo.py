@@ -86,7 +86,7 @@ class TestCommandLine:
     def test_missing_data_is_one_sentence(self, tmp_path):
         result = run_demo(tmp_path, "--data", str(tmp_path))
         assert result.returncode == 1
-        assert "holds neither train-images-idx3-ubyte.gz nor" in result.stderr.replace("\n", " ")
+        assert "holds neither train-images-idx3-ubyte.gz nor" in " ".join(result.stderr.split())
         assert "Traceback" not in result.stderr
 
 

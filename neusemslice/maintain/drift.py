@@ -9,10 +9,21 @@ the 2-Wasserstein distance of two normal distributions, in units of the neuron's
 old samples of all classes. A neuron's drift is the mean over the classes that both have seen,
 weighted by the neuron's shares in them; a component's drift is the mean of its neurons'.
 
-Components that moved at least half as far as components do on average are to be tuned. A neuron
-moves if what it reads has moved, so of their critical neurons the first in the order of the forward
-pass are tuned: what is put right there has not moved any more behind it. What is then left of the
-budget goes to the other components, the farthest first.
+Half of the budget goes to where the movement begins. A neuron moves if what it reads has moved, so
+of the components that moved at least half as far as components do on average, the first critical
+neurons in the order of the forward pass are tuned: what is put right there has not moved any more
+behind it. The other half is divided over all layers by the number of their critical neurons that
+are left, of which each layer's heaviest are tuned: a neuron's importance times its component's
+drift. Accuracy of ResNet-20 in percent when a fifth of the neurons is tuned to JPEGs, on images of
+no table; one seed of 50,000 images, mean of two seeds of 1,000:
+
+==========================  ======  =====
+the budget goes to          50,000  1,000
+==========================  ======  =====
+where the movement begins     86.4   85.6
+all layers                    87.4   84.6
+one half to each              88.0   85.6
+==========================  ======  =====
 """
 
 from __future__ import annotations
@@ -24,7 +35,7 @@ from neusemslice.profiling import Profile
 from neusemslice.slicing import SemanticSlicing, Slice
 
 MOVED = 0.5
-"""Drift from which on a component is to be tuned, as a share of the components' mean."""
+"""Drift from which on a component has moved, as a share of the components' mean."""
 
 
 def neuron_drift(slicing: SemanticSlicing, new: Profile) -> dict[str, Tensor]:
@@ -66,16 +77,31 @@ def choose(slicing: SemanticSlicing, drift: Tensor, allowed: int) -> tuple[Slice
         drift: of the components, float64 ``[components]``.
         allowed: how many neurons may be tuned at most.
     """
+    graph = slicing.profile.graph
     moved = drift >= MOVED * drift.mean()
-    chosen = Slice(slicing.profile.graph, {})
-    for site in slicing.profile.graph.sites:
+    chosen = Slice(graph, {})
+    for site in graph.sites:
         component = slicing.components[site.name]
         mask = (component >= 0) & moved[component]
-        chosen = _filled(slicing, chosen, Slice(chosen.graph, {site.name: mask}), allowed)
+        chosen = _filled(slicing, chosen, Slice(graph, {site.name: mask}), allowed // 2)
+    chosen |= _divided(slicing, drift, slicing.critical_slice() - chosen, allowed - len(chosen))
     order = drift.sort(descending=True, stable=True).indices.tolist()
-    for component in order:
-        chosen = _filled(slicing, chosen, slicing.component_slice(component), allowed)
     return chosen, [c for c in order if len(chosen & slicing.component_slice(c))]
+
+
+def _divided(slicing: SemanticSlicing, drift: Tensor, members: Slice, count: int) -> Slice:
+    """So many of the members, of each layer the same share: those of importance times drift."""
+    masks = members.masks()
+    left = len(members)
+    count = min(count, left)
+    for name, mask in masks.items():
+        share = round(count * int(mask.sum()) / left) if left else 0
+        count, left = count - share, left - int(mask.sum())
+        drifts = drift[slicing.components[name].clamp_min(0)]
+        weight = torch.where(mask, slicing.importance(name) * drifts, -1.0)
+        masks[name] = torch.zeros_like(mask)
+        masks[name][weight.sort(descending=True, stable=True).indices[:share]] = True
+    return Slice(members.graph, masks)
 
 
 def _filled(slicing: SemanticSlicing, chosen: Slice, more: Slice, allowed: int) -> Slice:
