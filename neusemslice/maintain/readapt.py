@@ -1,7 +1,7 @@
 """Re-adaptation: fit new samples by tuning critical neurons only.
 
 The new samples are profiled, semantic components are ranked by how far their class statistics
-moved, and of those that moved, critical neurons up to the budget are tuned, together with the
+moved, and by that rank critical neurons up to the budget are chosen and tuned, together with the
 output layer, which is no neuron's; ``neusemslice.maintain.drift`` has the formula and says which.
 Gradients, optimizer state and best state are those of tuned rows. Nothing else changes by a bit:
 not a weight outside these rows and, unless batch norms are to be recalibrated, not a running
