@@ -100,4 +100,8 @@ struct NormRows {
 NormRows checked_norm(const at::Tensor& grad, const at::Tensor& x, const at::Tensor& mean,
                       const at::Tensor& var, const at::Tensor& rows, const at::Tensor& bias_rows);
 
+// The sums over no places, by whose number ATen would divide.
+std::tuple<at::Tensor, at::Tensor> norm_of_nothing(const at::Tensor& mean, const at::Tensor& rows,
+                                                   const at::Tensor& bias_rows);
+
 }  // namespace neusemslice::ops

@@ -316,10 +316,7 @@ std::tuple<at::Tensor, at::Tensor> rows_norm_backward_cpu(
     double eps, const at::Tensor& rows, const at::Tensor& bias_rows) {
   const PlainDispatch plain;
   const NormRows norm = checked_norm(grad, x, mean, var, rows, bias_rows);
-  if (x.numel() == 0) {
-    return {at::zeros({rows.numel()}, mean.options()),
-            at::zeros({bias_rows.numel()}, mean.options())};
-  }
+  if (x.numel() == 0) return norm_of_nothing(mean, rows, bias_rows);
   // [1, C, P, 1] of [N, C, ...] in channels last.
   const int64_t channels = x.size(1), places = x.numel() / channels;
   const auto flat = [&](const at::Tensor& t) {

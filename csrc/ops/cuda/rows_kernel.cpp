@@ -112,10 +112,7 @@ std::tuple<at::Tensor, at::Tensor> rows_norm_backward_cuda(
     double eps, const at::Tensor& rows, const at::Tensor& bias_rows) {
   const PlainDispatch plain;
   const NormRows norm = checked_norm(grad, x, mean, var, rows, bias_rows);
-  if (x.numel() == 0) {
-    return {at::zeros({rows.numel()}, mean.options()),
-            at::zeros({bias_rows.numel()}, mean.options())};
-  }
+  if (x.numel() == 0) return norm_of_nothing(mean, rows, bias_rows);
   const auto [of_input, of_weight, of_bias] = at::native_batch_norm_backward(
       norm.grad, norm.x, norm.weight, norm.mean, norm.var, {}, {}, false, eps, {false, true, true});
   return {of_weight.index_select(0, rows).to(mean.scalar_type()),
