@@ -9,6 +9,7 @@ found here are no functions of the leaves.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast
@@ -50,7 +51,7 @@ class Kind(Protocol):
         ...
 
 
-class _WeightAndBias:
+class _WeightAndBias(ABC):
     """A layer that adds its bias to what the weight gives: each has a gradient of its own.
 
     Attributes:
@@ -59,8 +60,9 @@ class _WeightAndBias:
 
     output_dim: int
 
+    @abstractmethod
     def row_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Of the weight alone."""
 
     def row_gradients(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Rows) -> Rows:
         own, of_bias = rows
