@@ -112,8 +112,8 @@ FULL = Size(
     settings=(
         Setting("ResNet-20", 50_000, 391),
         Setting("ResNet-20", 1_000, 80),
-        Setting("ResNet-56", 50_000, 30),
-        Setting("ResNet-56", 1_000, 20),
+        Setting("ResNet-56", 50_000, 120),
+        Setting("ResNet-56", 1_000, 80),
     ),
     seeds=(0, 1, 2),
     rates=(3e-4, 1e-3, 3e-3, 1e-2),

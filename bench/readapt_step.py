@@ -185,11 +185,12 @@ def hooks(workload: Workload, tuned: nss.Slice) -> Way:
 
 def least(workload: Workload, tuned: nss.Slice) -> Way:
     """Trains the first vector of the tuned neurons' alone: backward has to go as far down."""
-    model = training(workload.model()).requires_grad_(False)
+    model = training(workload.model())
     (group,) = tuned.parameters(model)
     vector = next(parameter for parameter in group["params"] if parameter.dim() == 1)
-    optimizer = torch.optim.AdamW([vector.requires_grad_()], lr=1e-4, fused=True)
-    return Way(model, optimizer, nullcontext())
+    block = nss.optim.row_gradients(model, [{"params": [vector]}])
+    rows = block.__enter__()
+    return Way(model, nss.optim.MaskedAdamW(rows.groups(), lr=1e-4), block)
 
 
 def adapted(config: Callable[[int], peft.PeftConfig]) -> Callable[[Workload, nss.Slice], Way]:
@@ -290,8 +291,9 @@ def measure(name: str, workload: Workload, share: float, rounds: int) -> Result:
             begin = time.perf_counter()
             made[key].step(inputs, labels)
             times[key].append(time.perf_counter() - begin)
+    for way in made.values():
+        way.block.__exit__(None, None, None)
     own = made["ours"]
-    own.block.__exit__(None, None, None)
     typical = statistics.median(times["ours"])
     share_tuned = tuned_parameters(workload, tuned) / sum(p.numel() for p in model.parameters())
     ratio = made["full"].state_bytes() / own.state_bytes()

@@ -1,6 +1,7 @@
 """Training chosen rows as leaves of their own: their gradients, and what stays as it was."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -241,6 +242,82 @@ class TestGradients:
                 "second.weight_rows"
             ]
             assert tuned.tuned[0].leaf.grad.shape == (2, 16)
+
+
+class TestFrozenNorms:
+    """Batch norms without a tuned row, above one that has some."""
+
+    @staticmethod
+    def network(device="cpu", **options):
+        layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, **options), nn.Tanh(), nn.Conv2d(6, 4, 3)]
+        model = settled(nn.Sequential(*layers, nn.BatchNorm2d(4)), 3, 7, 7)
+        return model.double().to(device)
+
+    @staticmethod
+    def groups(model):
+        return [{"params": [model[0].weight], "rows": [torch.tensor([1, 4])]}]
+
+    @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+    def test_let_gradients_through(self, layout, device):
+        model = self.network(device).to(memory_format=layout)
+        x = torch.randn(5, 3, 7, 7, dtype=torch.float64, device=device)
+        x = x.contiguous(memory_format=layout).requires_grad_()
+        dense = copy.deepcopy(model)
+        output = dense(x)
+        expected = torch.autograd.grad(output.pow(3).sum(), [x, dense[0].weight])
+        with row_gradients(model, self.groups(model)) as tuned:
+            own = model(x)
+            found = torch.autograd.grad(own.pow(3).sum(), [x, *tuned.parameters()])
+        assert torch.equal(own, output)
+        torch.testing.assert_close(found[0], expected[0])
+        torch.testing.assert_close(found[1], expected[1][[1, 4]])
+
+    def test_have_second_derivatives(self):
+        model = self.network()
+        x = torch.randn(2, 3, 7, 7, dtype=torch.float64, requires_grad=True)
+        with row_gradients(model, self.groups(model)):
+            assert torch.autograd.gradgradcheck(model, x, fast_mode=True)
+
+    @pytest.mark.parametrize("rows", [[], [0, 5]])
+    def test_keep_of_their_input_what_is_tuned(self, rows):
+        model = self.network()
+        groups = self.groups(model)
+        groups.append({"params": [model[1].weight], "rows": [torch.tensor(rows).long()]})
+        x = torch.randn(2, 3, 7, 7, dtype=torch.float64)
+        read, kept = [], []
+        model[1].register_forward_pre_hook(lambda _, args: read.append(args[0]))
+
+        def keep(tensor):
+            kept.append(tensor.detach())
+            return tensor
+
+        for within in (nullcontext(), row_gradients(model, groups)):
+            kept.clear()
+            with within, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+                model(x)
+            whole = read[-1].data_ptr() in [t.data_ptr() for t in kept]
+            assert whole == isinstance(within, nullcontext)
+        chosen = read[-1][:, rows]
+        parts = [t for t in kept if t.shape == chosen.shape and torch.equal(t, chosen)]
+        assert len(parts) == bool(rows)
+
+    @pytest.mark.parametrize("options", [{"affine": False}, {"track_running_stats": False}])
+    def test_of_other_kinds_are_left_to_torch(self, options):
+        model = self.network(**options)
+        assert_rows_of_dense(model, torch.randn(5, 3, 7, 7, dtype=torch.float64))
+
+    def test_in_training_mode_follow_the_batch(self):
+        model = self.network().train()
+        before = model[1].running_mean.clone()
+        x = torch.randn(5, 3, 7, 7, dtype=torch.float64)
+        dense = copy.deepcopy(model)
+        loss_of(dense, x).backward()
+        with row_gradients(model, self.groups(model)) as tuned:
+            loss_of(model, x).backward()
+            (leaf,) = tuned.parameters()
+            torch.testing.assert_close(leaf.grad, dense[0].weight.grad[[1, 4]])
+        assert not torch.equal(model[1].running_mean, before)
+        assert torch.equal(model[1].running_mean, dense[1].running_mean)
 
 
 class TestTraining:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,59 +21,36 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from neusemslice import ops
-
-Rows: TypeAlias = tuple[Tensor | None, Tensor | None]
-"""Rows of a weight and of a bias, or their gradients; None where there are none."""
+from neusemslice.optim._row_norms import FrozenStatistics, apply_norm
 
 
-class Kind(Protocol):
-    """A layer with the options of one call.
+class Kind(ABC):
+    """A layer with the options of one call, which adds its bias to what the weight gives.
 
     Attributes:
         neuron_dim: of the weight.
+        output_dim: the dimension of the output that the neurons lie in.
         autocast: whether autocast would round the layer's arguments.
     """
 
-    @property
-    def neuron_dim(self) -> int: ...
+    neuron_dim: int
+    output_dim: int
+    autocast: bool
 
-    @property
-    def autocast(self) -> bool: ...
-
+    @abstractmethod
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The output, by differentiable operations."""
-        ...
 
+    @abstractmethod
     def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor: ...
-
-    def row_gradients(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Rows) -> Rows:
-        """Of the weight, with the number of rows along ``neuron_dim``, and of the bias."""
-        ...
-
-
-class _WeightAndBias(ABC):
-    """A layer that adds its bias to what the weight gives: each has a gradient of its own.
-
-    Attributes:
-        output_dim: the dimension of the output that the neurons lie in.
-    """
-
-    output_dim: int
 
     @abstractmethod
     def row_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        """Of the weight alone."""
-
-    def row_gradients(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Rows) -> Rows:
-        own, of_bias = rows
-        return (
-            None if own is None else self.row_gradient(grad, x, weight, own),
-            None if of_bias is None else ops.rows_bias_backward(grad, of_bias, self.output_dim),
-        )
+        """Of the weight, with the number of rows along ``neuron_dim``."""
 
 
 @dataclass(frozen=True)
-class LinearKind(_WeightAndBias):
+class LinearKind(Kind):
     """``x @ weight.T`` where the neurons are rows of the weight, ``x @ weight`` else."""
 
     neuron_dim: int
@@ -92,7 +69,7 @@ class LinearKind(_WeightAndBias):
 
 
 @dataclass(frozen=True)
-class ConvKind(_WeightAndBias):
+class ConvKind(Kind):
     """A convolution of any number of dimensions; its input is batched and its padding numbers."""
 
     stride: tuple[int, ...]
@@ -117,8 +94,8 @@ class ConvKind(_WeightAndBias):
         return cast("Tensor", found[0])
 
     def row_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        if 2 * len(rows) > weight.shape[0]:
-            # The library's whole gradient is then faster than that of most rows.
+        if len(rows) > weight.shape[0] * (1 / 3 if x.element_size() == 2 else 1 / 2):
+            # The library's whole gradient is then faster than that of so many rows.
             where = (self.stride, self.padding, self.dilation, False, [0] * len(self.stride))
             found = torch.ops.aten.convolution_backward(
                 grad, x, weight, None, *where, self.groups, [False, True, False]
@@ -129,7 +106,7 @@ class ConvKind(_WeightAndBias):
 
 
 @dataclass(frozen=True)
-class TransposedConvKind(_WeightAndBias):
+class TransposedConvKind(Kind):
     """A transposed convolution, whose weight is ``[I, O / groups, ...]``."""
 
     stride: tuple[int, ...]
@@ -164,7 +141,7 @@ class TransposedConvKind(_WeightAndBias):
 
 
 @dataclass(frozen=True)
-class EmbeddingKind(_WeightAndBias):
+class EmbeddingKind(Kind):
     """A table of rows that integers choose from; the neurons are its rows, or its features."""
 
     neuron_dim: int
@@ -202,33 +179,6 @@ class EmbeddingKind(_WeightAndBias):
         return cast("Tensor", found if self.neuron_dim == 1 else found[:count])
 
 
-@dataclass(frozen=True)
-class BatchNormKind:
-    """A batch norm with given statistics: each neuron times a number, plus another."""
-
-    mean: Tensor
-    var: Tensor
-    eps: float
-    neuron_dim: int = 0
-    autocast: bool = False
-
-    def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.batch_norm(x, self.mean, self.var, weight, bias, False, 0.0, self.eps)
-
-    def input_gradient(self, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        scale = weight * torch.rsqrt(self.var + self.eps)
-        return (grad * scale.view(-1, *[1] * (grad.dim() - 2))).to(x.dtype)
-
-    def row_gradients(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Rows) -> Rows:
-        none = torch.empty(0, dtype=torch.int64, device=grad.device)
-        chosen = (none if some is None else some for some in rows)
-        found = ops.rows_norm_backward(
-            grad, x.to(grad.dtype), self.mean, self.var, self.eps, *chosen
-        )
-        own, of_bias = (None if some is None else t for some, t in zip(rows, found, strict=True))
-        return own, of_bias
-
-
 class _TunedRows(torch.autograd.Function):
     """A layer's output as a function of its input and the leaves; weight and bias are constants."""
 
@@ -259,9 +209,8 @@ class _TunedRows(torch.autograd.Function):
             )
             return (None, *found, *[None] * 4)
         of_x = kind.input_gradient(grad, x, weight) if wanted[0] else None
-        of_rows, of_bias = kind.row_gradients(
-            grad, x, weight, (rows if wanted[1] else None, bias_rows if wanted[2] else None)
-        )
+        of_rows = kind.row_gradient(grad, x, weight, rows) if wanted[1] else None
+        of_bias = ops.rows_bias_backward(grad, bias_rows, kind.output_dim) if wanted[2] else None
         return (
             None,
             of_x,
@@ -341,7 +290,7 @@ _TRANSPOSED = (
 
 def kind_of(
     module: nn.Module, x: Tensor, neuron_dim: int, output_size: list[int] | None = None
-) -> tuple[Kind, Tensor] | None:
+) -> tuple[Kind | FrozenStatistics, Tensor] | None:
     """What a known module does with an input, and that input as the kind takes it.
 
     None for a call that only the module itself knows: of a convolution with one sample that has no
@@ -352,7 +301,7 @@ def kind_of(
     if isinstance(module, _BatchNorm):
         if module.training or module.running_mean is None or module.running_var is None:
             return None
-        return BatchNormKind(module.running_mean, module.running_var, module.eps), x
+        return FrozenStatistics(module.running_mean, module.running_var, module.eps), x
     if isinstance(module, _ConvTransposeNd):
         stride, padding = list(module.stride), [int(p) for p in module.padding]
         kernel, dilation = list(module.kernel_size), list(module.dilation)
@@ -377,7 +326,7 @@ def kind_of(
 
 
 def apply_layer(
-    kind: Kind,
+    kind: Kind | FrozenStatistics,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -398,6 +347,8 @@ def apply_layer(
         tuned_bias: the same for the bias.
         bias_rows: int64 ``[R']``.
     """
+    if isinstance(kind, FrozenStatistics):
+        return apply_norm(kind, x, weight, bias, tuned, rows, tuned_bias, bias_rows)
     device = x.device.type
     if kind.autocast and torch.is_autocast_enabled(device):
         # What autocast does to the arguments of a layer; what is saved for the backward pass is

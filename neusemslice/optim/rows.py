@@ -17,6 +17,7 @@ from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from neusemslice.graph import reset_compiler
 from neusemslice.graph.sharding import reshard
@@ -109,7 +110,8 @@ def row_gradients(model: nn.Module, groups: Iterable[dict[str, Any]]) -> Iterato
     ``weight``: wrap it in ``DistributedDataParallel`` inside the block. Linear layers,
     convolutions, transposed ones and embeddings compute gradients of tuned rows only; other
     modules, and functions that read a tuned parameter of a module, compute a whole one, of which
-    the leaf takes its rows.
+    the leaf takes its rows. A batch norm with frozen statistics goes back by one product, and keeps
+    of its input what tuned rows need.
 
     ``state_dict`` and ``load_state_dict`` are those of the plain model. On leaving, also by an
     error, the parameters hold the trained rows, and everything else is as it was: classes, flags,
@@ -149,8 +151,9 @@ def row_gradients(model: nn.Module, groups: Iterable[dict[str, Any]]) -> Iterato
             if member.leaf is not member.parameter:
                 for module, name in owners[id(member.parameter)]:
                     by_module.setdefault(module, {})[name] = member
-        for module, members in by_module.items():
-            _install(module, members, stack)
+        for module in model.modules():
+            if module in by_module or _is_frozen_norm(module):
+                _install(module, by_module.get(module, {}), stack)
         stack.callback(made.write)
         stack.callback(reshard, model)
         yield made
@@ -189,6 +192,13 @@ def _tuned_parameter(parameter: nn.Parameter, rows: Tensor, dim: int) -> TunedPa
         return TunedParameter(parameter, parameter, rows, dim)
     leaf = nn.Parameter(parameter.detach().index_select(dim, rows))
     return TunedParameter(parameter, leaf, rows, dim)
+
+
+def _is_frozen_norm(module: nn.Module) -> bool:
+    """Whether a batch norm is one whose way back, without a tuned row, is ours."""
+    if not isinstance(module, _BatchNorm) or not has_kind(module, {}):
+        return False
+    return module.weight is not None and as_spread(module.weight) is None
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -45,17 +45,15 @@ struct Inside {
 };
 
 template <typename S>
-void copy_values(const S* from, int64_t count, ValueOf<S>* to) {
-  if constexpr (std::is_same_v<S, ValueOf<S>>) {
-    std::copy_n(from, count, to);
-  } else {
-    for (int64_t i = 0; i < count; ++i) to[i] = to_value(from[i]);
-  }
+void widen(const S* from, int64_t count, ValueOf<S>* to) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) load_lanes(from + i).store(to + i);
+  for (; i < count; ++i) to[i] = to_value(from[i]);
 }
 
 // One channel of one sample; places outside the input are left as they are, zero.
-template <typename S>
-void pack_planes(const ConvRowsLayout& at, const S* x, ValueOf<S>* planes) {
+template <typename V>
+void pack_planes(const ConvRowsLayout& at, const V* x, V* planes) {
   for (const Sizes3& phase : at.phases) {
     const Inside depth(at, phase, 0), height(at, phase, 1), width(at, phase, 2);
     const auto place = [&](int d, int64_t i) {
@@ -63,14 +61,12 @@ void pack_planes(const ConvRowsLayout& at, const S* x, ValueOf<S>* planes) {
     };
     for (int64_t z = depth.first; z < depth.last; ++z) {
       for (int64_t y = height.first; y < height.last; ++y) {
-        const S* line = x + (place(0, z) * at.input[1] + place(1, y)) * at.input[2];
-        ValueOf<S>* packed = planes + (z * at.extent[1] + y) * at.extent[2];
+        const V* line = x + (place(0, z) * at.input[1] + place(1, y)) * at.input[2];
+        V* packed = planes + (z * at.extent[1] + y) * at.extent[2];
         if (at.stride[2] == 1) {
-          copy_values(line + place(2, width.first), width.last - width.first, packed + width.first);
+          std::copy_n(line + place(2, width.first), width.last - width.first, packed + width.first);
         } else {
-          for (int64_t i = width.first; i < width.last; ++i) {
-            packed[i] = to_value(line[place(2, i)]);
-          }
+          for (int64_t i = width.first; i < width.last; ++i) packed[i] = line[place(2, i)];
         }
       }
     }
@@ -154,6 +150,8 @@ void conv_rows_of(const ConvRowsJob& job, const ConvRowsPart& part) {
   const int64_t bytes = abreast * at.planes * static_cast<int64_t>(sizeof(V));
   const int64_t batch = std::clamp<int64_t>(
       kPlaneBytes / bytes, 1, std::max<int64_t>(1, part.last_sample - part.first_sample));
+  // Half precision is widened once, before it is laid out in several planes.
+  std::vector<V> widened(std::is_same_v<S, V> ? 0 : points);
   std::vector<V> plane_storage(batch * abreast * at.planes + 16);
   std::vector<V> sum_storage(rows * abreast * taps * 16 + 16);
   V *const planes = aligned(plane_storage), *const sums = aligned(sum_storage);
@@ -168,10 +166,15 @@ void conv_rows_of(const ConvRowsJob& job, const ConvRowsPart& part) {
       const int64_t samples = std::min(batch, part.last_sample - n);
       for (int64_t i = 0; i < samples; ++i) {
         for (int64_t c = 0; c < channels; ++c) {
-          pack_planes(at,
-                      static_cast<const S*>(job.x) +
-                          ((n + i) * job.channels + part.channel + input + c) * points,
-                      planes + (i * abreast + c) * at.planes);
+          const S* x = static_cast<const S*>(job.x) +
+                       ((n + i) * job.channels + part.channel + input + c) * points;
+          V* to = planes + (i * abreast + c) * at.planes;
+          if constexpr (std::is_same_v<S, V>) {
+            pack_planes(at, x, to);
+          } else {
+            widen(x, points, widened.data());
+            pack_planes(at, widened.data(), to);
+          }
         }
       }
       Correlation<V>{
@@ -195,23 +198,67 @@ void conv_rows_of(const ConvRowsJob& job, const ConvRowsPart& part) {
   }
 }
 
+// What is added to the sums of a row: grad, or grad * (x - center).
+template <typename S, bool kTimesX>
+struct Summand {
+  using V = ValueOf<S>;
+  const S* grad;
+  const S* x;
+  V center;
+
+  NSS_INLINE Lanes<V> lanes(int64_t i) const {
+    const Lanes<V> of = load_lanes(grad + i);
+    if constexpr (kTimesX) return of * (load_lanes(x + i) - Lanes<V>::all(center));
+    return of;
+  }
+
+  V value(int64_t i) const {
+    const V of = to_value(grad[i]);
+    if constexpr (kTimesX) return of * (to_value(x[i]) - center);
+    return of;
+  }
+};
+
+// Where neurons lie side by side, the partial sums of all rows do so too.
 template <typename S>
+void column_sums_of(const RowSumsJob& job, int64_t first_row, int64_t last_row) {
+  using V = ValueOf<S>;
+  const int64_t count = last_row - first_row;
+  const int64_t* rows = job.rows + first_row;
+  std::vector<V> sums(16 * count);
+  for (int64_t n = 0; n < job.outer; ++n) {
+    const S* from = static_cast<const S*>(job.grad) + n * job.neurons;
+    V* sum = sums.data() + n % 16 * count;
+    for (int64_t r = 0; r < count; ++r) sum[r] += to_value(from[rows[r]]);
+  }
+  for (int64_t r = 0; r < count; ++r) {
+    V parts[16];
+    for (int i = 0; i < 16; ++i) parts[i] = sums[i * count + r];
+    static_cast<V*>(job.sums)[first_row + r] = Lanes<V>::load(parts).total();
+  }
+}
+
+template <typename S, bool kTimesX>
 void row_sums_of(const RowSumsJob& job, int64_t first_row, int64_t last_row) {
   using V = ValueOf<S>;
   std::vector<V> sums((last_row - first_row) * 16);
   for (int64_t n = 0; n < job.outer; ++n) {
-    const S* sample = static_cast<const S*>(job.grad) + n * job.neurons * job.inner;
     for (int64_t r = first_row; r < last_row; ++r) {
-      const S* from = sample + job.rows[r] * job.inner;
+      const int64_t from = (n * job.neurons + job.rows[r]) * job.inner;
+      Summand<S, kTimesX> of{static_cast<const S*>(job.grad) + from, nullptr, V{}};
+      if constexpr (kTimesX) {
+        of.x = static_cast<const S*>(job.x) + from;
+        of.center = static_cast<const V*>(job.center)[job.rows[r]];
+      }
       V* sum = sums.data() + (r - first_row) * 16;
       int64_t i = 0;
       if (job.inner >= 16) {
         Lanes<V> lanes = Lanes<V>::load(sum);
-        for (; i + 16 <= job.inner; i += 16) lanes += load_lanes(from + i);
+        for (; i + 16 <= job.inner; i += 16) lanes += of.lanes(i);
         lanes.store(sum);
       }
       // Neighbouring samples of a few places each go to different partial sums.
-      for (; i < job.inner; ++i) sum[(n * job.inner + i) % 16] += to_value(from[i]);
+      for (; i < job.inner; ++i) sum[(n * job.inner + i) % 16] += of.value(i);
     }
   }
   for (int64_t r = first_row; r < last_row; ++r) {
@@ -229,5 +276,10 @@ void conv_rows(const ConvRowsJob& job, const ConvRowsPart& part) {
 }
 
 void row_sums(const RowSumsJob& job, int64_t first_row, int64_t last_row) {
-  with_element(job.element, [&](auto e) { row_sums_of<decltype(e)>(job, first_row, last_row); });
+  with_element(job.element, [&](auto e) {
+    using S = decltype(e);
+    if (job.x) return row_sums_of<S, true>(job, first_row, last_row);
+    if (job.inner > 1) return row_sums_of<S, false>(job, first_row, last_row);
+    column_sums_of<S>(job, first_row, last_row);
+  });
 }

@@ -1,7 +1,7 @@
 #pragma once
 
-// The loops of rows_conv_backward and rows_bias_backward, free of torch. They lie in rows_body.h,
-// which is compiled once per instruction set.
+// The loops of rows_conv_backward, rows_bias_backward and rows_norm_backward, free of torch. They
+// lie in rows_body.h, which is compiled once per instruction set.
 
 #include <array>
 #include <cstdint>
@@ -65,10 +65,13 @@ struct ConvRowsPart {
   void* sums;       // [rows, inputs, taps]
 };
 
-// [outer, neurons, inner] contiguous.
+// Sums over the places of rows of grad, or of grad * (x - center): [outer, neurons, inner]
+// contiguous.
 struct RowSumsJob {
   Element element;
   const void* grad;
+  const void* x;       // or null
+  const void* center;  // [neurons]
   int64_t outer;
   int64_t neurons;
   int64_t inner;

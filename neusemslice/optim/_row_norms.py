@@ -1,0 +1,157 @@
+"""Batch norms with frozen statistics, of whose weight and bias some rows may be tuned.
+
+Such a norm multiplies each channel by a number and adds another, so its way back is a product and
+asks for no input, and a tuned weight's gradient asks for that channel's input alone. torch's own
+keeps the whole input, and adds up the gradients of all channels even when nobody wants them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neusemslice import ops
+
+
+@dataclass(frozen=True)
+class FrozenStatistics:
+    """What a batch norm in evaluation mode normalises with: ``[C]`` each."""
+
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+
+def apply_norm(
+    statistics: FrozenStatistics,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tuned: Tensor | None,
+    rows: Tensor | None,
+    tuned_bias: Tensor | None,
+    bias_rows: Tensor | None,
+) -> Tensor:
+    """As ``apply_layer``, of a batch norm: ``x`` is ``[N, C, ...]``."""
+    kept = None
+    if rows is not None:
+        # Channels that lie side by side are not worth gathering.
+        kept = x.index_select(1, rows) if x.is_contiguous() else x
+    output: Tensor = _Norm.apply(  # type: ignore[no-untyped-call]
+        statistics, x, kept, tuned, tuned_bias, weight, bias, rows, bias_rows
+    )
+    return output
+
+
+class _Norm(torch.autograd.Function):
+    """The output as a function of the input and the leaves; weight and bias are constants.
+
+    ``kept`` is what the weight's gradient is found from, the input or its tuned channels: a
+    function of the input, so that a second derivative finds its way back.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        statistics: FrozenStatistics,
+        x: Tensor,
+        kept: Tensor | None,
+        tuned: Tensor | None,
+        tuned_bias: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        bias_rows: Tensor | None,
+    ) -> Tensor:
+        mean, var, eps = statistics.mean, statistics.var, statistics.eps
+        ctx.eps, ctx.whole = eps, kept is not None and kept.shape == x.shape
+        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (tuned, tuned_bias)]
+        ctx.save_for_backward(kept, tuned, weight, mean, var, rows, bias_rows)
+        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, tuned, weight, mean, var, rows, bias_rows = ctx.saved_tensors
+        sums = _sums
+        if torch.is_grad_enabled():
+            sums = _differentiable_sums
+            if tuned is not None:
+                weight = weight.index_copy(0, rows, tuned.to(weight.dtype))
+        _, of_x, _, of_tuned, of_bias, *_ = ctx.needs_input_grad
+        found = sums(
+            grad,
+            None if kept is None else kept.to(grad.dtype),
+            ctx.whole,
+            mean,
+            var,
+            ctx.eps,
+            rows if of_tuned else None,
+            bias_rows if of_bias else None,
+        )
+        of_leaves = (
+            None if own is None else own.to(dtype)
+            for own, dtype in zip(found, ctx.dtypes, strict=True)
+        )
+        scale = weight * torch.rsqrt(var + ctx.eps)
+        return None, _scaled(grad, scale) if of_x else None, None, *of_leaves, *[None] * 4
+
+
+def _sums(
+    grad: Tensor,
+    kept: Tensor | None,
+    whole: bool,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    rows: Tensor | None,
+    bias_rows: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of tuned rows of weight and bias, by the operators."""
+    if rows is None or kept is None:
+        return None, None if bias_rows is None else ops.rows_bias_backward(grad, bias_rows, 1)
+    if whole:
+        some = rows[:0] if bias_rows is None else bias_rows
+        own, of_bias = ops.rows_norm_backward(grad, kept, mean, var, eps, rows, some)
+        return own, None if bias_rows is None else of_bias
+    chosen, mean, var = (t.index_select(d, rows) for t, d in ((grad, 1), (mean, 0), (var, 0)))
+    every = torch.arange(len(rows), device=rows.device)
+    own, _ = ops.rows_norm_backward(chosen, kept, mean, var, eps, every, every[:0])
+    return own, None if bias_rows is None else ops.rows_bias_backward(grad, bias_rows, 1)
+
+
+def _differentiable_sums(
+    grad: Tensor,
+    kept: Tensor | None,
+    whole: bool,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+    rows: Tensor | None,
+    bias_rows: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The same by torch's operators."""
+    others = [d for d in range(grad.dim()) if d != 1]
+    of_bias = None if bias_rows is None else grad.index_select(1, bias_rows).sum(others)
+    if rows is None or kept is None:
+        return None, of_bias
+    kept = kept.index_select(1, rows) if whole else kept
+    centered = kept - _along_channels(mean[rows], kept)
+    own = (grad.index_select(1, rows) * centered).sum(others) * torch.rsqrt(var[rows] + eps)
+    return own, of_bias
+
+
+def _along_channels(values: Tensor, like: Tensor) -> Tensor:
+    return values.view(-1, *[1] * (like.dim() - 2))
+
+
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """Each channel's gradient times a number, in the gradient's dtype."""
+    if grad.dtype in (torch.float16, torch.bfloat16):
+        # A product would be one of float32 that is stored, and rounded afterwards.
+        zeros = torch.zeros_like(scale)
+        return F.batch_norm(grad, zeros, zeros + 1, scale, None, False, 0.0, 0.0)
+    return (grad * _along_channels(scale, grad)).to(grad.dtype)
