@@ -194,15 +194,19 @@ def check(kind: Kind, count: int, size: int, share: float) -> None:
 def workload(
     name: str, kind: Kind, count: int, size: int, share: float, rotated: int = 8 * CACHE_BYTES
 ) -> Workload:
-    """A step of an optimizer over square parameters, whose buffers rotate over so many bytes."""
+    """A step of an optimizer over square parameters; buffers of all ways rotate over so many
+    bytes."""
     torch.manual_seed(0)
     bytes_each = 4 * count * size * max(1, round(share * size))
-    copies = rotated // ((2 + len(kind.states)) * bytes_each) + 1
+    copies, wholes = (
+        rotated // ((2 + len(kind.states)) * 4 * count * size * rows) + 1
+        for rows in (max(1, round(share * size)), size)
+    )
     settings = [Setting(kind, count, size, share) for _ in range(copies)]
-    dense = Dense(settings[0])
+    dense = [Dense(setting) for setting in settings[:wholes]]
     correct = {"gathered rows": lambda call: settings[call % copies].step_gathered()}
     if share < 1:
-        correct["restored"] = lambda _: dense.restored()
+        correct["restored"] = lambda call: dense[call % wholes].restored()
     return Workload(
         name,
         bytes_each,
@@ -210,9 +214,9 @@ def workload(
         lambda call: settings[call % copies].ours.step(),
         lambda: check(kind, count, size, share),
         {
-            "hook": {"hook": lambda _: dense.hook()},
+            "hook": {"hook": lambda call: dense[call % wholes].hook()},
             "correct": correct,
-            "fused": {"fused": lambda _: dense.optimizer.step()},
+            "fused": {"fused": lambda call: dense[call % wholes].optimizer.step()},
         },
         updates_rotate=True,
     )

@@ -161,7 +161,5 @@ NETWORKS = (
     Network(
         "half VGG-11-BN, CIFAR-10", datasets.cifar10, cifar.missing, vgg11, epochs=10, mixed=True
     ),
-    Network(
-        "ViT, CIFAR-10", datasets.cifar10, cifar.missing, vit, epochs=10, rate=1e-3, mixed=True
-    ),
+    Network("ViT, CIFAR-10", datasets.cifar10, cifar.missing, vit, epochs=6, rate=1e-3, mixed=True),
 )

@@ -131,7 +131,7 @@ FULL = Size(
     validation=2_000,
     test=5_000,
     profiled=2_000,
-    steps=120,
+    steps=80,
     search_steps=40,
     rates=(1e-3, 3e-3, 1e-2),
 )
