@@ -133,7 +133,7 @@ FULL = Size(
     profiled=2_000,
     steps=80,
     search_steps=40,
-    rates=(1e-3, 3e-3, 1e-2),
+    rates=(3e-4, 1e-3, 3e-3, 1e-2),
 )
 QUICK = Size(
     DIGITS,
