@@ -25,6 +25,10 @@ class FrozenStatistics:
     var: Tensor
     eps: float
 
+    def scale(self) -> Tensor:
+        """One over the standard deviation."""
+        return torch.rsqrt(self.var + self.eps)
+
 
 def apply_norm(
     statistics: FrozenStatistics,
@@ -76,72 +80,74 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, tuned, weight, mean, var, rows, bias_rows = ctx.saved_tensors
-        sums = _sums
-        if torch.is_grad_enabled():
-            sums = _differentiable_sums
-            if tuned is not None:
-                weight = weight.index_copy(0, rows, tuned.to(weight.dtype))
         _, of_x, _, of_tuned, of_bias, *_ = ctx.needs_input_grad
-        found = sums(
+        given = _Given(
             grad,
             None if kept is None else kept.to(grad.dtype),
             ctx.whole,
-            mean,
-            var,
-            ctx.eps,
+            FrozenStatistics(mean, var, ctx.eps),
             rows if of_tuned else None,
             bias_rows if of_bias else None,
         )
+        if torch.is_grad_enabled():
+            found = given.differentiable_sums()
+            if tuned is not None:
+                weight = weight.index_copy(0, rows, tuned.to(weight.dtype))
+        else:
+            found = given.sums()
         of_leaves = (
             None if own is None else own.to(dtype)
             for own, dtype in zip(found, ctx.dtypes, strict=True)
         )
-        scale = weight * torch.rsqrt(var + ctx.eps)
+        scale = weight * given.statistics.scale()
         return None, _scaled(grad, scale) if of_x else None, None, *of_leaves, *[None] * 4
 
 
-def _sums(
-    grad: Tensor,
-    kept: Tensor | None,
-    whole: bool,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    rows: Tensor | None,
-    bias_rows: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of tuned rows of weight and bias, by the operators."""
-    if rows is None or kept is None:
-        return None, None if bias_rows is None else ops.rows_bias_backward(grad, bias_rows, 1)
-    if whole:
-        some = rows[:0] if bias_rows is None else bias_rows
-        own, of_bias = ops.rows_norm_backward(grad, kept, mean, var, eps, rows, some)
-        return own, None if bias_rows is None else of_bias
-    chosen, mean, var = (t.index_select(d, rows) for t, d in ((grad, 1), (mean, 0), (var, 0)))
-    every = torch.arange(len(rows), device=rows.device)
-    own, _ = ops.rows_norm_backward(chosen, kept, mean, var, eps, every, every[:0])
-    return own, None if bias_rows is None else ops.rows_bias_backward(grad, bias_rows, 1)
+@dataclass(frozen=True)
+class _Given:
+    """What the gradients of tuned rows of weight and bias are found from.
 
+    Attributes:
+        kept: the input, or its tuned channels; None where no weight is tuned.
+        whole: whether it is the input.
+        rows, bias_rows: those whose gradients are wanted.
+    """
 
-def _differentiable_sums(
-    grad: Tensor,
-    kept: Tensor | None,
-    whole: bool,
-    mean: Tensor,
-    var: Tensor,
-    eps: float,
-    rows: Tensor | None,
-    bias_rows: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The same by torch's operators."""
-    others = [d for d in range(grad.dim()) if d != 1]
-    of_bias = None if bias_rows is None else grad.index_select(1, bias_rows).sum(others)
-    if rows is None or kept is None:
-        return None, of_bias
-    kept = kept.index_select(1, rows) if whole else kept
-    centered = kept - _along_channels(mean[rows], kept)
-    own = (grad.index_select(1, rows) * centered).sum(others) * torch.rsqrt(var[rows] + eps)
-    return own, of_bias
+    grad: Tensor
+    kept: Tensor | None
+    whole: bool
+    statistics: FrozenStatistics
+    rows: Tensor | None
+    bias_rows: Tensor | None
+
+    def sums(self) -> tuple[Tensor | None, Tensor | None]:
+        """Both, by the operators."""
+        grad, rows, bias_rows = self.grad, self.rows, self.bias_rows
+        mean, var, eps = self.statistics.mean, self.statistics.var, self.statistics.eps
+        if rows is not None and self.kept is not None and self.whole:
+            some = rows[:0] if bias_rows is None else bias_rows
+            own, of_bias = ops.rows_norm_backward(grad, self.kept, mean, var, eps, rows, some)
+            return own, None if bias_rows is None else of_bias
+        found = None
+        if rows is not None and self.kept is not None:
+            every = torch.arange(len(rows), device=rows.device)
+            chosen, mean, var = grad.index_select(1, rows), mean[rows], var[rows]
+            found, _ = ops.rows_norm_backward(chosen, self.kept, mean, var, eps, every, every[:0])
+        return found, None if bias_rows is None else ops.rows_bias_backward(grad, bias_rows, 1)
+
+    def differentiable_sums(self) -> tuple[Tensor | None, Tensor | None]:
+        """The same, by torch's operators."""
+        grad, rows, kept = self.grad, self.rows, self.kept
+        others = [d for d in range(grad.dim()) if d != 1]
+        of_bias = None
+        if self.bias_rows is not None:
+            of_bias = grad.index_select(1, self.bias_rows).sum(others)
+        if rows is None or kept is None:
+            return None, of_bias
+        mean, scale = self.statistics.mean[rows], self.statistics.scale()[rows]
+        kept = kept.index_select(1, rows) if self.whole else kept
+        centered = kept - _along_channels(mean, kept)
+        return (grad.index_select(1, rows) * centered).sum(others) * scale, of_bias
 
 
 def _along_channels(values: Tensor, like: Tensor) -> Tensor:
