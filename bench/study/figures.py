@@ -39,14 +39,19 @@ Bars = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def bars(panels: Mapping[str, Bars], x: str, path: Path) -> None:
-    """Panels by title; a group of bars for each method, with standard deviations."""
+    """Panels by title, two abreast; a group of bars for each method, with standard deviations."""
     most = max(len(methods) for methods in panels.values())
-    figure = _figure(5.5 * len(panels), 0.42 * most + 1.2)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, methods) in zip(axes, panels.items(), strict=True):
-        shown = list(next(iter(methods.values())))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(5.5 * columns, (0.42 * most + 0.9) * rows + 0.3)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    kinds = {title: list(next(iter(methods.values()))) for title, methods in panels.items()}
+    richest = max(kinds.values(), key=len)
+    for axis, (title, methods) in zip(axes, panels.items(), strict=False):
+        shown = kinds[title]
         height = 0.8 / len(shown)
-        for number, (colour, kind) in enumerate(zip(COLOURS, shown, strict=False)):
+        for number, kind in enumerate(shown):
+            colour = COLOURS[richest.index(kind)]
             values = [methods[name][kind] for name in methods]
             axis.barh(
                 np.arange(len(methods)) + (number - (len(shown) - 1) / 2) * height,
@@ -66,7 +71,9 @@ def bars(panels: Mapping[str, Bars], x: str, path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_title(title, fontsize=9)
         axis.set_xlabel(x, fontsize=8)
-    _save(figure, axes[0], path)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    _save(figure, axes[list(kinds.values()).index(richest)], path)
 
 
 def _figure(width: float, height: float) -> Any:

@@ -46,7 +46,7 @@ from neusemslice.maintain.sparsity import METHODS
 
 BATCH = 128
 TEST_BATCH = 100
-FIRSTS: tuple[First, ...] = ("nothing", "layers", "slicing")
+FIRSTS: tuple[First, ...] = ("slicing", "layers", "nothing")
 SHOWN = {"nothing": "alone", "layers": "layers removed first (DeepArc)", "slicing": "slicing first"}
 MACS = 0.5
 OURS = "ours"

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -328,7 +329,7 @@ def run(quick: bool, seeds: int) -> Outcome:
     study = Study(size, None if quick else RUNS / "study-rq3.json")
     found = study.results(range(seeds))
     results: list[Result] = []
-    panels: dict[str, dict[str, dict[str, list[float]]]] = {}
+    panels: dict[str, dict[str, dict[str, list[list[float]]]]] = {}
     for shift, methods in found.items():
         name = f"{shift.name} {shift.strength}" if shift.strength else shift.name
         untuned = methods["untuned"]
@@ -345,10 +346,17 @@ def run(quick: bool, seeds: int) -> Outcome:
             values["setting"] = f"{choice.rate:g}" + ", statistics anew" * choice.renewed
             results.append(Result(f"{shift.family}, {name}: {method}", values))
             bars = panels.setdefault(shift.family, {}).setdefault(method, {"new": [], "old": []})
-            bars["new"] += [run["new"] for run in runs]
-            bars["old"] += [run["old"] for run in runs if "old" in run]
+            for kind, values_of in bars.items():
+                if kind in runs[0]:
+                    values_of.append([run[kind] for run in runs])
+    # The mean over shifts, by seed.
     shown = {
-        family: {m: {k: v for k, v in bars.items() if v} for m, bars in methods.items()}
+        family: {
+            method: {
+                kind: np.mean(values, axis=0).tolist() for kind, values in bars.items() if values
+            }
+            for method, bars in methods.items()
+        }
         for family, methods in panels.items()
     }
     note = (
