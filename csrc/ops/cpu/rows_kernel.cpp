@@ -21,7 +21,8 @@
 //   256 > 64, 56 x 56, 1 x 1       64       7.1      7.4     8.7      13      43
 //
 // For all rows, train the layer whole. 1 x 1 convolutions by at::bmm took 9.9 ms where this takes
-// 8.7.
+// 8.7. In half precision rows take as long, but the whole gradient of the first three lines only
+// 2.2, 1.8 and 2.1 ms where the processor multiplies bfloat16.
 //
 // Norm: where a channel's places lie side by side, the sums of the tuned ones. Else ATen's own
 // gradient of all channels, which costs less than gathering a few of them; it divides the sums
