@@ -45,7 +45,7 @@ class Updater {
   }
 
  private:
-  static constexpr int64_t kAhead = 512;
+  static constexpr int64_t kShortLine = 512, kAhead = 64;
 
   // Elements [from, to) of a line that belongs to one row.
   void along_row(int64_t line, int64_t from, int64_t to) const {
@@ -66,11 +66,12 @@ class Updater {
     }
   }
 
-  // Asks for what comes kAhead elements after element i of a line. Rows lie apart, so where to go
-  // on after a line is more than the processor can foresee.
+  // Asks for what comes after element i of a line: of a short one the following line, because rows
+  // lie apart and where to go on is more than the processor can foresee; within long ones it looks
+  // ahead itself, and asking early only costs.
   NSS_INLINE void prefetch(const TunedRows::Place& line, const TunedRows::Place& following,
                            int64_t i, int64_t state) const {
-    const int64_t ahead = std::min(kAhead, where_.width);
+    const int64_t ahead = where_.width <= kShortLine ? where_.width : kAhead;
     const bool within = i + ahead < where_.width;
     const TunedRows::Place& there = within ? line : following;
     const int64_t later = within ? i + ahead : i + ahead - where_.width;
