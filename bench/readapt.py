@@ -315,10 +315,10 @@ def study(size: Size, kept: Path | None) -> Section:
             if method in ("ours", "random neurons"):
                 values["neurons"] = found[0]["neurons"]
             if method == "ours":
+                batches = profiled_batches(setting.steps, size.batch, len(cifar.CLASSES))
                 values["run_vs_full"] = Ratio.of(
                     [
-                        setting.steps
-                        / (setting.steps / own + profiled_batches(setting.steps) / profiled)
+                        setting.steps / (setting.steps / own + batches / profiled)
                         for own, profiled in zip(
                             taken[method]["per_full"], taken["profile"]["per_full"], strict=True
                         )

@@ -191,12 +191,16 @@ def test_drift_is_zero_on_the_old_samples():
     assert max(report.drift) == 0
 
 
-@pytest.mark.parametrize(("batches", "profiled"), [(1, 1), (127, 127), (128, 64), (300, 75)])
-def test_of_many_batches_some_are_profiled(batches, profiled, monkeypatch):
+@pytest.mark.parametrize(
+    ("batches", "samples", "every"),
+    [(1, 7, 1), (127, 7, 1), (128, 7, 2), (300, 7, 4), (15, 64, 1), (16, 64, 2), (99, 64, 12)],
+)
+def test_of_many_batches_some_are_profiled(batches, samples, every, monkeypatch):
     """Those spread over the whole length; all of them are trained on."""
     readapting = import_module("neusemslice.maintain.readapt")  # the package has the function
     model, slicing = made("lenet")
-    many = [SHIFTED[i % len(SHIFTED)] for i in range(batches)]
+    x, y = (torch.cat(part)[:samples] for part in zip(*SHIFTED, strict=True))
+    many = [(x + i / batches, y) for i in range(batches)]
     seen = []
     real = readapting.profile
 
@@ -206,7 +210,9 @@ def test_of_many_batches_some_are_profiled(batches, profiled, monkeypatch):
 
     monkeypatch.setattr(readapting, "profile", counting)
     result = nss.readapt(model, slicing, many, 0.3, epochs=1, validation=None)
-    assert len(seen) == readapting.profiled_batches(batches) == profiled
+    expected = many[::every]
+    assert len(seen) == readapting.profiled_batches(batches, samples, classes=4) == len(expected)
+    assert all(own is x for (own, _), (x, _) in zip(seen, expected, strict=True))
     assert result.report.training.steps == batches
 
 
