@@ -3,18 +3,20 @@
 python -m bench.masked_optim            all, writes bench/results/
 python -m bench.masked_optim --quick    small tensors, few rounds, nothing written
 
-A whole `step()` is timed, of a tuned share of the rows, chosen at random. The last line is one JSON
-object. Per workload: `limit`, the share of the physical limit; `vs_hook`, how many times longer it
-takes to mask the gradients and let the dense fused optimizer step, which is wrong: decay and
-momentum move the frozen rows; `vs_correct`, the fastest of two ways that are right: gathered rows
-under the fused optimizer, scattered back, and the mask with the frozen rows restored afterwards;
-`vs_fused`, the dense fused optimizer alone, which tunes everything.
+A share of the rows is tuned, chosen at random. The last line is one JSON object. Per workload, of
+the operator: `limit`, the share of the physical limit; `vs_rows`, how many times longer it takes to
+stream the same rows and their state without computing anything, on a processor. Of a whole
+`step()`: `vs_hook`, how many times longer it takes to mask the gradients and let the dense fused
+optimizer step, which is wrong: decay and momentum move the frozen rows; `vs_correct`, the fastest
+of two ways that are right: gathered rows under the fused optimizer, scattered back, and the mask
+with the frozen rows restored afterwards; `vs_fused`, the dense fused optimizer alone, which tunes
+everything.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,25 +26,28 @@ from torch import Tensor, nn
 
 from bench import harness
 from bench.device import ON_GPU, use_device
-from bench.harness import CACHE_BYTES, Workload
-from bench.report import Column, Section
-from neusemslice import reference
+from bench.harness import CACHE_BYTES, Run, Workload
+from bench.report import Column, Result, Section
+from neusemslice import _C, ops, reference
 from neusemslice.optim import MaskedAdamW, MaskedSGD
 
 COLUMNS = (
     Column("ms", "ms", "number"),
     Column("gigabytes", "GB/s", "number"),
     Column("limit", "of limit", "share", in_summary=True),
+    Column("vs_rows", "× same rows streamed", "times", in_summary=True),
+    Column("step_ms", "step ms", "number"),
     Column("vs_hook", "× mask hook (wrong)", "times", in_summary=True),
     Column("vs_correct", "× correct", "times", in_summary=True),
     Column("vs_fused", "× dense fused", "times", in_summary=True),
     Column("correct", "fastest correct", "text"),
 )
 NOTE = (
-    "One `step()` over float32 parameters with full gradients. “of limit”: the time in which "
-    "memory moves the same bytes (per tuned weight 28 with AdamW, 20 with SGD) with the same mix "
-    "of reads and writes, over ours. Masking gradients is wrong: decay and momentum move frozen "
-    "rows."
+    "Float32 parameters with full gradients. First the operator alone; “of limit”: the time in "
+    "which memory moves the same bytes (per tuned weight 28 with AdamW, 20 with SGD) with the same "
+    "mix of reads and writes, front to back, over ours; “same rows streamed”: the same rows and "
+    "their state, read and rewritten where they lie. Then one whole `step()`. Masking gradients is "
+    "wrong: decay and momentum move frozen rows."
 )
 
 
@@ -55,6 +60,7 @@ class Kind:
     options: dict[str, Any]
     states: tuple[str, ...]
     oracle: Callable[..., dict[str, Tensor]]
+    operator: Callable[[Setting], None]
 
 
 KINDS = {
@@ -74,6 +80,19 @@ KINDS = {
             0,
             **options,
         ),
+        lambda own: ops.masked_adamw_(
+            own.params,
+            own.gradients,
+            own.state("exp_avg"),
+            own.state("exp_avg_sq"),
+            [],
+            [],
+            own.state("step"),
+            own.rows,
+            own.dims,
+            own.lr,
+            weight_decay=1e-2,
+        ),
     ),
     "SGD": Kind(
         MaskedSGD,
@@ -88,6 +107,18 @@ KINDS = {
             rows,
             0,
             **options,
+        ),
+        lambda own: ops.masked_sgd_(
+            own.params,
+            own.gradients,
+            own.state("momentum_buffer"),
+            [],
+            own.state("step"),
+            own.rows,
+            own.dims,
+            own.lr,
+            momentum=0.9,
+            weight_decay=1e-4,
         ),
     ),
 }
@@ -111,11 +142,17 @@ class Setting:
             [torch.randn(size, size) for _ in range(count)], self.gradients
         )
         self.rows = [torch.randperm(size)[:tuned].sort().values for _ in range(count)]
+        self.dims = [0] * count
+        self.lr = torch.tensor(kind.options["lr"], dtype=torch.float64, device="cpu")
         self.ours = self.masked(self.params)
         self.compact = [
             nn.Parameter(p.detach()[r]) for p, r in zip(self.params, self.rows, strict=True)
         ]
         self.gathered = self.fused(self.compact)
+
+    def state(self, name: str) -> list[Tensor]:
+        """Of our optimizer, which has it after a first step."""
+        return [self.ours.state[p][name] for p in self.params]
 
     def masked(self, params: list[nn.Parameter]) -> torch.optim.Optimizer:
         return self.kind.masked([{"params": params, "rows": self.rows}], **self.kind.options)
@@ -191,11 +228,11 @@ def check(kind: Kind, count: int, size: int, share: float) -> None:
             )
 
 
-def workload(
+def workloads(
     name: str, kind: Kind, count: int, size: int, share: float, rotated: int = 8 * CACHE_BYTES
-) -> Workload:
-    """A step of an optimizer over square parameters; buffers of all ways rotate over so many
-    bytes."""
+) -> tuple[Workload, Workload]:
+    """The operator and a whole step of an optimizer, over square parameters; buffers of all ways
+    rotate over so many bytes."""
     torch.manual_seed(0)
     bytes_each = 4 * count * size * max(1, round(share * size))
     copies, wholes = (
@@ -203,14 +240,23 @@ def workload(
         for rows in (max(1, round(share * size)), size)
     )
     settings = [Setting(kind, count, size, share) for _ in range(copies)]
+    for setting in settings:
+        setting.ours.step()
     dense = [Dense(setting) for setting in settings[:wholes]]
-    correct = {"gathered rows": lambda call: settings[call % copies].step_gathered()}
+
+    def called(ours: Run, check: Callable[[], None], peers: dict[str, dict[str, Run]]) -> Workload:
+        updated = (1 + len(kind.states)) * bytes_each
+        return Workload(name, bytes_each, updated, ours, check, peers, updates_rotate=True)
+
+    correct: dict[str, Run] = {
+        "gathered rows": lambda call: settings[call % copies].step_gathered()
+    }
     if share < 1:
         correct["restored"] = lambda call: dense[call % wholes].restored()
-    return Workload(
-        name,
-        bytes_each,
-        (1 + len(kind.states)) * bytes_each,
+    streamed = {} if ON_GPU else {"rows": {"rows": rows_streamed(settings)}}
+    return called(
+        lambda call: kind.operator(settings[call % copies]), lambda: None, streamed
+    ), called(
         lambda call: settings[call % copies].ours.step(),
         lambda: check(kind, count, size, share),
         {
@@ -218,8 +264,37 @@ def workload(
             "correct": correct,
             "fused": {"fused": lambda call: dense[call % wholes].optimizer.step()},
         },
-        updates_rotate=True,
     )
+
+
+def rows_streamed(settings: list[Setting]) -> Run:
+    """Streams the rows that are tuned, and as much state as they have."""
+
+    def words(tensors: Iterable[Tensor]) -> list[Tensor]:
+        return [t.detach().view(torch.int64) for t in tensors]
+
+    given = [
+        (
+            words(own.gradients),
+            words(own.params),
+            own.rows,
+            words(torch.cat(of) for of in zip(*map(own.state, own.kind.states), strict=True)),
+        )
+        for own in settings
+    ]
+    return lambda call: _C.stream_rows(*given[call % len(given)])
+
+
+def measure(
+    name: str, kind: Kind, count: int, size: int, share: float, rounds: int, patience: float
+) -> Result:
+    """The operator's figures, then the step's."""
+    operator, step = (
+        harness.measure(workload, rounds, patience)
+        for workload in workloads(name, kind, count, size, share)
+    )
+    whole = {k: v for k, v in step.values.items() if k.startswith("vs_") or k == "correct"}
+    return Result(name, {**operator.values, "step_ms": step.values["ms"], **whole})
 
 
 SIZES = {"4096²": (1, 4096), "200 × 512²": (200, 512)}
@@ -240,13 +315,8 @@ def main() -> None:
         for size_name, (count, size) in sizes.items():
             for share in SHARES[::2] if quick else SHARES:
                 name = f"{kind_name} {size_name} {share:.0%}"
-                section.results.append(
-                    harness.measure(
-                        workload(name, kind, count, size, share),
-                        3 if quick else 11,
-                        0.2 if quick else 5.0,
-                    )
-                )
+                rounds, patience = (3, 0.2) if quick else (11, 5.0)
+                section.results.append(measure(name, kind, count, size, share, rounds, patience))
                 console.print(f"{name}: done", style="dim")
     section.show(console)
     if not quick:

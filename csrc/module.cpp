@@ -44,4 +44,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "Makes the CPU kernels use one of cpu_capabilities(). For tests; not beside a kernel.");
   m.def("stream_memory", &neusemslice::cpu::stream_memory,
         "Reads one tensor and rewrites another at the speed of memory. For benchmarks.");
+  m.def("stream_rows", &neusemslice::cpu::stream_rows,
+        "Rewrites rows of matrices and their state at the speed of memory. For benchmarks.");
 }

@@ -5,11 +5,13 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from helpers import quick
 
 from bench import gram, masked_optim, mnist, report, rows
 from bench.report import Column, Ratio, Result, Section
 from bench.slicing import Curve, compared
+from neusemslice import _C
 
 COLUMNS = (
     Column("ms", "ms", "number"),
@@ -85,11 +87,43 @@ def test_the_study_of_slices_ends_with_its_summary():
 @pytest.mark.parametrize("share", [0.25, 1.0])
 @pytest.mark.parametrize("kind", masked_optim.KINDS)
 def test_all_ways_to_tune_rows_are_compared_and_agree(kind, share):
-    workload = masked_optim.workload("small", masked_optim.KINDS[kind], 2, 16, share, rotated=0)
-    workload.check()
-    assert set(workload.peers) == {"hook", "correct", "fused"}
-    for way in (workload.ours, *(run for of in workload.peers.values() for run in of.values())):
-        way(0)
+    workloads = masked_optim.workloads("small", masked_optim.KINDS[kind], 2, 32, share, rotated=0)
+    operator, step = workloads
+    assert set(operator.peers) == {"rows"}
+    assert set(step.peers) == {"hook", "correct", "fused"}
+    for workload in workloads:
+        workload.check()
+        for way in (workload.ours, *(run for of in workload.peers.values() for run in of.values())):
+            way(0)
+
+
+class TestStreamedRows:
+    """What masked optimizers are compared with moves all that they move, and nothing else."""
+
+    def test_rows_and_state_are_rewritten(self):
+        given = torch.Generator().manual_seed(0)
+        read, update = (
+            [torch.randint(99, shape, generator=given) for shape in ((5, 16), (3, 32))]
+            for _ in range(2)
+        )
+        rows = [torch.tensor([0, 3, 4]), torch.tensor([1])]
+        state = [torch.zeros(3 * 2, 16, dtype=torch.int64), torch.zeros(1, 32, dtype=torch.int64)]
+        expected = [
+            u.index_copy(0, r, u[r] ^ x[r]) for u, x, r in zip(update, read, rows, strict=True)
+        ]
+        _C.stream_rows(read, update, rows, state)
+        assert all(map(torch.equal, update, expected))
+        assert all(bool((t == 1).all()) for t in state)
+
+    @pytest.mark.parametrize(
+        ("rows", "state", "message"),
+        [([5], 16, "no row 5"), ([-1], 16, "no row -1"), ([0], 15, "does not fit")],
+    )
+    def test_refuses(self, rows, state, message):
+        matrix = torch.zeros(5, 16, dtype=torch.int64)
+        state = torch.zeros(state, dtype=torch.int64)
+        with pytest.raises(ValueError, match=message):
+            _C.stream_rows([matrix], [matrix.clone()], [torch.tensor(rows)], [state])
 
 
 @pytest.mark.parametrize("layer", [*rows.LAYERS.values(), *rows.LAYERS_ON_GPU.values()])

@@ -321,6 +321,9 @@ class TestBenchmarks:
     @pytest.mark.parametrize("kind", masked_optim.KINDS)
     def test_masked_optim(self, kind, share):
         (count, _), kind = masked_optim.GPU_SIZES["8 × 8192²"], masked_optim.KINDS[kind]
-        workload = masked_optim.workload("x", kind, count, 32, share, rotated=1)
-        found = harness.measure(workload, rounds=2, patience=0).values
-        assert {"ms", "limit", "vs_hook", "vs_correct", "vs_fused"} <= found.keys()
+        operator, step = (
+            harness.measure(workload, rounds=2, patience=0).values
+            for workload in masked_optim.workloads("x", kind, count, 32, share, rotated=1)
+        )
+        assert {"ms", "limit"} <= operator.keys()
+        assert {"ms", "vs_hook", "vs_correct", "vs_fused"} <= step.keys()
