@@ -127,6 +127,17 @@ struct Lanes {
              a.r[i] = (Register)((Bits)r[i] & kept));
     return a;
   }
+#if NSS_LANE_BYTES == 64
+  // The sixteen from element kFirst on of these and those that follow them.
+  template <int kFirst>
+  NSS_INLINE Lanes followed_by(const Lanes& next) const {
+    Lanes a;
+    NSS_EACH(kRegisters, Register following = next.r[0];
+             if constexpr (i + 1 < kRegisters) following = r[i + 1];
+             a.r[i] = shifted<kFirst>(r[i], following, std::make_integer_sequence<int, kWidth>{}));
+    return a;
+  }
+#endif
   NSS_INLINE Lanes zero_unless_finite() const {
     Lanes a;
     NSS_EACH(kRegisters, a.r[i] = (Register)((Bits)r[i] & (r[i] - r[i] == Register{})));
@@ -157,6 +168,13 @@ struct Lanes {
     if constexpr (kWidth >= 4) NSS_EACH(2, v[i] = f(v[i], v[i + 2]));
     return f(v[0], v[1]);
   }
+#if NSS_LANE_BYTES == 64
+  template <int kFirst, int... I>
+  static NSS_INLINE Register shifted(const Register& a, const Register& b,
+                                     std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (kFirst + I)...);
+  }
+#endif
   static NSS_INLINE bool all_set(const Bits& bits) {
     int64_t words[NSS_LANE_BYTES / 8];
     __builtin_memcpy(words, &bits, sizeof(bits));

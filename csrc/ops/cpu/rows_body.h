@@ -51,6 +51,15 @@ void widen(const S* from, int64_t count, ValueOf<S>* to) {
   for (; i < count; ++i) to[i] = to_value(from[i]);
 }
 
+// A line of a plane, which is too short for a call of memcpy to pay.
+template <typename V>
+NSS_INLINE void copy_line(const V* from, int64_t count, V* to) {
+  int64_t i = 0;
+  for (; i + 16 <= count; i += 16) Lanes<V>::load(from + i).store(to + i);
+  for (; i + 4 <= count; i += 4) __builtin_memcpy(to + i, from + i, 4 * sizeof(V));
+  for (; i < count; ++i) to[i] = from[i];
+}
+
 // One channel of one sample; places outside the input are left as they are, zero.
 template <typename V>
 void pack_planes(const ConvRowsLayout& at, const V* x, V* planes) {
@@ -64,7 +73,11 @@ void pack_planes(const ConvRowsLayout& at, const V* x, V* planes) {
         const V* line = x + (place(0, z) * at.input[1] + place(1, y)) * at.input[2];
         V* packed = planes + (z * at.extent[1] + y) * at.extent[2];
         if (at.stride[2] == 1) {
-          std::copy_n(line + place(2, width.first), width.last - width.first, packed + width.first);
+          copy_line(line + place(2, width.first), width.last - width.first, packed + width.first);
+        } else if (at.stride[2] == 2) {  // known here, and so done by shuffles
+          const V* from = line + place(2, width.first);
+          V* to = packed + width.first;
+          for (int64_t i = 0; i < width.last - width.first; ++i) to[i] = from[2 * i];
         } else {
           for (int64_t i = width.first; i < width.last; ++i) packed[i] = line[place(2, i)];
         }
@@ -72,6 +85,16 @@ void pack_planes(const ConvRowsLayout& at, const V* x, V* planes) {
     }
     planes += at.plane;
   }
+}
+
+// Asks for the plane of a later sample, and no nearer than the second cache, which can wait for
+// more lines at a time: from sample to sample they lie far apart, which the processor cannot
+// foresee. Through large planes it looks ahead itself.
+template <typename S>
+void prefetch_plane(const S* x, int64_t points) {
+  constexpr int64_t kLine = 64 / sizeof(S), kMost = 8192 / sizeof(S);
+  if (points > kMost) return;
+  for (int64_t i = 0; i < points; i += kLine) __builtin_prefetch(x + i, 0, 2);
 }
 
 // Adds grad * x to kRows x kTaps sums of sixteen values.
@@ -85,7 +108,8 @@ struct Correlation {
   int64_t line;
   const int64_t* offsets;
   int64_t taps;
-  V* sums;  // [rows, taps, 16]
+  bool triples;  // taps come in threes, with places side by side
+  V* sums;       // [rows, taps, 16]
 
   template <int kRows, int kTaps>
   NSS_INLINE void add(int64_t row, int64_t tap) const {
@@ -96,6 +120,14 @@ struct Correlation {
     for (int64_t n = 0; n < samples; ++n) {
       const V* g = grad + n * grad_sample + row * line;
       const V* at = x + n * x_sample;
+#if NSS_LANE_BYTES == 64
+      if constexpr (kTaps % 3 == 0) {
+        if (triples) {
+          add_triples(sum, g, at, offsets + tap);
+          continue;
+        }
+      }
+#endif
       for (int64_t q = 0; q < line; q += 16) {
         Lanes<V> of_rows[kRows];
         NSS_EACH(kRows, of_rows[i] = Lanes<V>::load(g + i * line + q));
@@ -107,6 +139,28 @@ struct Correlation {
     NSS_EACH(kRows, constexpr int r = i;
              NSS_EACH(kTaps, sum[r][i].store(out + (r * taps + i) * 16)));
   }
+
+#if NSS_LANE_BYTES == 64
+  // One sample. Of three taps one is loaded, and the others are made of it and of what follows:
+  // loads that are not aligned cross cache lines, and bound the loop where rows are few.
+  template <int kRows, int kTaps>
+  NSS_INLINE void add_triples(Lanes<V> (&sum)[kRows][kTaps], const V* g, const V* at,
+                              const int64_t* first) const {
+    Lanes<V> now[kTaps / 3];
+    NSS_EACH(kTaps / 3, now[i] = Lanes<V>::load(at + first[3 * i]));
+    for (int64_t q = 0; q < line; q += 16) {
+      Lanes<V> of_rows[kRows];
+      NSS_EACH(kRows, of_rows[i] = Lanes<V>::load(g + i * line + q));
+      NSS_EACH(kTaps / 3, constexpr int t = 3 * i; const auto of_tap = now[i];
+               now[i] = Lanes<V>::load(at + first[t] + q + 16);
+               const auto second = of_tap.template followed_by<1>(now[i]);
+               const auto third = of_tap.template followed_by<2>(now[i]);
+               NSS_EACH(kRows, sum[i][t] += of_rows[i] * of_tap);
+               NSS_EACH(kRows, sum[i][t + 1] += of_rows[i] * second);
+               NSS_EACH(kRows, sum[i][t + 2] += of_rows[i] * third));
+    }
+  }
+#endif
 
   template <int kRows>
   void add_rows(int64_t row) const {
@@ -150,14 +204,20 @@ void conv_rows_of(const ConvRowsJob& job, const ConvRowsPart& part) {
   const int64_t bytes = abreast * at.planes * static_cast<int64_t>(sizeof(V));
   const int64_t batch = std::clamp<int64_t>(
       kPlaneBytes / bytes, 1, std::max<int64_t>(1, part.last_sample - part.first_sample));
+  const int64_t ahead = std::max<int64_t>(1, 2048 / (points * sizeof(S)));
   // Half precision is widened once, before it is laid out in several planes.
   std::vector<V> widened(std::is_same_v<S, V> ? 0 : points);
-  std::vector<V> plane_storage(batch * abreast * at.planes + 16);
+  // Behind the planes are sixteen values that taps in threes load, and do not use.
+  std::vector<V> plane_storage(batch * abreast * at.planes + 32);
   std::vector<V> sum_storage(rows * abreast * taps * 16 + 16);
   V *const planes = aligned(plane_storage), *const sums = aligned(sum_storage);
   std::vector<int64_t> offsets(abreast * taps);
+  bool triples = taps % 3 == 0;
   for (int64_t c = 0; c < abreast; ++c) {
-    for (int64_t t = 0; t < taps; ++t) offsets[c * taps + t] = c * at.planes + at.offsets[t];
+    for (int64_t t = 0; t < taps; ++t) {
+      offsets[c * taps + t] = c * at.planes + at.offsets[t];
+      triples &= at.offsets[t] == at.offsets[t - t % 3] + t % 3;
+    }
   }
   for (int64_t input = part.first_input; input < part.last_input; input += abreast) {
     const int64_t channels = std::min(abreast, part.last_input - input);
@@ -168,6 +228,9 @@ void conv_rows_of(const ConvRowsJob& job, const ConvRowsPart& part) {
         for (int64_t c = 0; c < channels; ++c) {
           const S* x = static_cast<const S*>(job.x) +
                        ((n + i) * job.channels + part.channel + input + c) * points;
+          if (n + i + ahead < part.last_sample) {
+            prefetch_plane(x + ahead * job.channels * points, points);
+          }
           V* to = planes + (i * abreast + c) * at.planes;
           if constexpr (std::is_same_v<S, V>) {
             pack_planes(at, x, to);
@@ -186,6 +249,7 @@ void conv_rows_of(const ConvRowsJob& job, const ConvRowsPart& part) {
           at.line,
           offsets.data(),
           channels * taps,
+          triples,
           sums}
           .add_all(rows);
     }

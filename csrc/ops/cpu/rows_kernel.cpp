@@ -104,9 +104,9 @@ void add_parts(const at::Tensor& sums) {
 int64_t parts_of(int64_t samples) { return std::clamp<int64_t>(samples / 16, 1, 8); }
 
 cpu::ConvRowsLayout layout_of(const ConvShape& shape, int64_t rows) {
-  // The dimensions in which a tap is an offset. Planes of their own for the columns pay from the
-  // third row of a group on.
-  const int offsets = rows > 2 * shape.groups ? 2 : 3;
+  // The dimensions in which a tap is an offset. Planes of their own for the columns pay where a
+  // group has more than eight rows.
+  const int offsets = rows > 8 * shape.groups ? 2 : 3;
   cpu::ConvRowsLayout at{};
   at.inputs = shape.inputs;
   at.input = shape.input;
