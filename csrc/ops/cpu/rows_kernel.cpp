@@ -8,21 +8,21 @@
 // input channel, its padding included, as planes of lines in the same order, one for each phase of
 // a stride: for each tap the sum over all places is then that of one line times the other from an
 // offset on, and neither edges nor strides matter in the loop (rows_body.h), which keeps 3 rows x 9
-// taps in registers. With three rows or more each column of the kernel has planes of its own: were
-// it an offset, most loads would cross a cache line and take thrice the time. Where there are fewer
-// than nine taps, several channels are taken at a time. Milliseconds on one AVX-512 core, fp32,
-// batch 128 (the last two: 32), against oneDNN's gradient of the whole weight:
+// taps in registers. Where a group has more than eight rows each column of the kernel has planes of
+// its own: as an offset it is cheaper to lay out, but loads that cross cache lines cost more than
+// that with many rows and short registers. Where there are fewer than nine taps, several channels
+// are taken at a time. Milliseconds on one AVX-512 core (two threads), fp32, batch 128 (the last
+// two: 32), against oneDNN's gradient of the whole weight:
 //
 //   inputs > outputs, places    whole     1 row   2 rows    10 %    25 %     all
-//   16 > 16, 32 x 32, 3 x 3       3.8       0.6      1.0     0.6     1.5     4.8
-//   32 > 32, 16 x 16, 3 x 3       2.6       0.5      0.6     1.0     1.5     4.1
-//   64 > 64, 8 x 8, 3 x 3         2.4       0.4      0.6     1.2     2.1     6.3
-//   64 > 64, 56 x 56, 3 x 3        51       3.0      3.9     8.1      16      69
-//   256 > 64, 56 x 56, 1 x 1       64       7.1      7.4     8.7      13      43
+//   16 > 16, 32 x 32, 3 x 3       8.1       0.5      0.7     0.7     1.3     4.9
+//   32 > 32, 16 x 16, 3 x 3       3.5       0.4      0.5     0.7     1.4     5.0
+//   64 > 64, 8 x 8, 3 x 3         3.0       0.3      0.4     0.8     1.9     5.9
+//   64 > 64, 56 x 56, 3 x 3        55       2.1      2.7     5.8      13      64
+//   256 > 64, 56 x 56, 1 x 1       53       4.5      4.6     5.9     9.4      33
 //
-// For all rows, train the layer whole. 1 x 1 convolutions by at::bmm took 9.9 ms where this takes
-// 8.7. In half precision rows take as long, but the whole gradient of the first three lines only
-// 2.2, 1.8 and 2.1 ms where the processor multiplies bfloat16.
+// For all rows, train the layer whole. In half precision rows take as long, but the whole gradient
+// of the first three lines only 2.5, 2.0 and 1.9 ms where the processor multiplies bfloat16.
 //
 // Norm: where a channel's places lie side by side, the sums of the tuned ones. Else ATen's own
 // gradient of all channels, which costs less than gathering a few of them; it divides the sums
