@@ -11,6 +11,10 @@ optimizer step, which is wrong: decay and momentum move the frozen rows; `vs_cor
 of two ways that are right: gathered rows under the fused optimizer, scattered back, and the mask
 with the frozen rows restored afterwards; `vs_fused`, the dense fused optimizer alone, which tunes
 everything.
+
+What these ratios can be at most where memory is the limit: per weight, tuned or not, the hook and
+the fused AdamW behind it move 36 bytes (SGD: 28), and gathered rows 44 to 48 for each tuned weight,
+where ours moves 28 (20). Of a tenth of the rows that is 12.9 (14) and 1.7 times as much.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ the budget goes to          50,000  1,000  others
 ==========================  ======  =====  ======
 where the movement begins     86.4   85.6    86.2
 all layers                    87.4   84.6
-one half to each              88.0   85.6    86.5
+one half to each              88.0   85.6    86.4
 ==========================  ======  =====  ======
 """
 
