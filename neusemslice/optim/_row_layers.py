@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from neusemslice import ops
-from neusemslice.optim._row_norms import FrozenStatistics, apply_norm
+from neusemslice.optim._row_norms import FrozenStatistics, Tunable, apply_norm
 
 
 class Kind(ABC):
@@ -326,37 +326,23 @@ def kind_of(
 
 
 def apply_layer(
-    kind: Kind | FrozenStatistics,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tuned: Tensor | None,
-    rows: Tensor | None,
-    tuned_bias: Tensor | None,
-    bias_rows: Tensor | None,
+    kind: Kind | FrozenStatistics, x: Tensor, weight: Tunable, bias: Tunable | None
 ) -> Tensor:
-    """The output of a layer, differentiable in ``x`` and the leaves ``tuned`` and ``tuned_bias``.
-
-    Args:
-        kind: the layer.
-        x: its input.
-        weight: constant; its tuned rows hold the leaf's values.
-        bias: likewise; None for a layer without.
-        tuned: the leaf: ``weight`` at ``rows`` of its neuron dimension. None: nothing is tuned.
-        rows: int64 ``[R]``.
-        tuned_bias: the same for the bias.
-        bias_rows: int64 ``[R']``.
-    """
+    """The output of a layer, differentiable in its input ``x`` and in the leaves."""
     if isinstance(kind, FrozenStatistics):
-        return apply_norm(kind, x, weight, bias, tuned, rows, tuned_bias, bias_rows)
+        return apply_norm(kind, x, weight, bias)
+    own, own_bias = weight.constant, None if bias is None else bias.constant
     device = x.device.type
     if kind.autocast and torch.is_autocast_enabled(device):
         # What autocast does to the arguments of a layer; what is saved for the backward pass is
         # then of that dtype as well.
         dtype = torch.get_autocast_dtype(device)
-        x, weight = _cast(x, dtype), _cast(weight, dtype)
-        bias = None if bias is None else _cast(bias, dtype)
-    output: Tensor = _TunedRows.apply(kind, x, tuned, tuned_bias, weight, bias, rows, bias_rows)  # type: ignore[no-untyped-call]
+        x, own = _cast(x, dtype), _cast(own, dtype)
+        own_bias = None if own_bias is None else _cast(own_bias, dtype)
+    leaf, rows = (None, None) if bias is None else (bias.leaf, bias.rows)
+    output: Tensor = _TunedRows.apply(  # type: ignore[no-untyped-call]
+        kind, x, weight.leaf, leaf, own, own_bias, weight.rows, rows
+    )
     return output
 
 

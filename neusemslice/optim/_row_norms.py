@@ -30,23 +30,32 @@ class FrozenStatistics:
         return torch.rsqrt(self.var + self.eps)
 
 
+@dataclass(frozen=True)
+class Tunable:
+    """A layer's weight or bias, of which some rows may be trained.
+
+    Attributes:
+        constant: the whole of it; its tuned rows hold the leaf's values.
+        leaf: those rows, along its neuron dimension; ``None`` where nothing is tuned.
+        rows: int64 ``[R]``.
+    """
+
+    constant: Tensor
+    leaf: Tensor | None = None
+    rows: Tensor | None = None
+
+
 def apply_norm(
-    statistics: FrozenStatistics,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tuned: Tensor | None,
-    rows: Tensor | None,
-    tuned_bias: Tensor | None,
-    bias_rows: Tensor | None,
+    statistics: FrozenStatistics, x: Tensor, weight: Tunable, bias: Tunable | None
 ) -> Tensor:
     """As ``apply_layer``, of a batch norm: ``x`` is ``[N, C, ...]``."""
     kept = None
-    if rows is not None:
+    if weight.rows is not None:
         # Channels that lie side by side are not worth gathering.
-        kept = x.index_select(1, rows) if x.is_contiguous() else x
+        kept = x.index_select(1, weight.rows) if x.is_contiguous() else x
+    own, leaf, rows = (None,) * 3 if bias is None else (bias.constant, bias.leaf, bias.rows)
     output: Tensor = _Norm.apply(  # type: ignore[no-untyped-call]
-        statistics, x, kept, tuned, tuned_bias, weight, bias, rows, bias_rows
+        statistics, x, kept, weight.leaf, leaf, weight.constant, own, weight.rows, rows
     )
     return output
 

@@ -22,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from neusemslice.graph import reset_compiler
 from neusemslice.graph.sharding import reshard
 from neusemslice.optim._row_layers import apply_layer, has_kind, kind_of
+from neusemslice.optim._row_norms import Tunable
 from neusemslice.optim._rows import as_spread, checked_group
 
 
@@ -318,24 +319,22 @@ class _Layer(_Rows):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         module = cast("nn.Module", self)
-        tuned, tuned_bias = self._tuned_rows.get("weight"), self._tuned_rows.get("bias")
+        tuned = self._tuned_rows.get("weight")
         found = None
         if all(self._is_constant(name) for name in ("weight", "bias")):
             found = kind_of(module, x, tuned.neuron_dim if tuned else 0, *args, **kwargs)
         if found is None:
             return cast("Tensor", super().forward(x, *args, **kwargs))  # type: ignore[misc]
-        leaves = {name: self._write(name) for name in self._tuned_rows}
-        kind, x = found
-        return apply_layer(
-            kind,
-            x,
-            cast("Tensor", self._parameters["weight"]),
-            self._parameters.get("bias"),
-            leaves.get("weight"),
-            tuned.rows if tuned else None,
-            leaves.get("bias"),
-            tuned_bias.rows if tuned_bias else None,
-        )
+        weight = self._written("weight")
+        assert weight is not None
+        return apply_layer(*found, weight, self._written("bias"))
+
+    def _written(self, name: str) -> Tunable | None:
+        """A constant parameter that holds its leaf's values; ``None`` if the layer has none."""
+        constant = self._parameters.get(name)
+        if constant is None or name not in self._tuned_rows:
+            return None if constant is None else Tunable(constant)
+        return Tunable(constant, self._write(name), self._tuned_rows[name].rows)
 
 
 def _leaf_name(name: str) -> str:
