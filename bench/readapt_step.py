@@ -51,8 +51,9 @@ COLUMNS = (
     Column("ms", "step ms", "number"),
     Column("rate", "steps/s", "number"),
     Column("state", "optimizer MiB", "number"),
+    Column("states", "of the others", "text"),
     Column("peak", "peak MiB", "number"),
-    Column("peak_full", "peak MiB, full", "number"),
+    Column("peaks", "of the others", "text"),
     Column("limit", "of limit", "share", in_summary=True),
     Column("vs_full", "× full", "times", in_summary=True),
     Column("vs_hook", "× mask hooks", "times", in_summary=True),
@@ -65,7 +66,8 @@ NOTE = (
     "Neurons are drawn at random over all layers; “tuned parameters” is what they own. “of limit”: "
     "the time of a step that goes back to the lowest tuned layer and finds no weight's gradient, "
     "over ours. “peak”: by how much a way's model, gradients, state and step raise the process's "
-    "memory. LoRA and SHiRA train about as many parameters; SHiRA knows linear layers only."
+    "memory. LoRA and SHiRA train about as many parameters; SHiRA knows linear layers only. The "
+    "others: full, mask hooks, LoRA, SHiRA."
 )
 
 
@@ -280,7 +282,8 @@ def measure(name: str, workload: Workload, share: float, rounds: int) -> Result:
     builds = ways(workload)
     peaks = {
         key: peak(lambda key=key: builds[key](workload, tuned), inputs, labels)
-        for key in ("ours", "full")
+        for key in builds
+        if key != "least"
     }
     made = {key: build(workload, tuned) for key, build in builds.items()}
     for way in made.values():
@@ -297,13 +300,15 @@ def measure(name: str, workload: Workload, share: float, rounds: int) -> Result:
     typical = statistics.median(times["ours"])
     share_tuned = tuned_parameters(workload, tuned) / sum(p.numel() for p in model.parameters())
     ratio = made["full"].state_bytes() / own.state_bytes()
+    states = {key: made[key].state_bytes() / 2**20 for key in peaks}
     values: dict[str, Any] = {
         "tuned": Ratio(share_tuned, share_tuned, share_tuned),
         "ms": typical * 1e3,
         "rate": 1 / typical,
-        "state": own.state_bytes() / 2**20,
-        "peak": peaks["ours"],
-        "peak_full": peaks["full"],
+        "state": states.pop("ours"),
+        "states": " / ".join(f"{size:,.2f}" for size in states.values()),
+        "peak": peaks.pop("ours"),
+        "peaks": " / ".join(f"{size:,.0f}" for size in peaks.values()),
         "memory": Ratio(ratio, ratio, ratio),
     }
     for key, of in times.items():

@@ -10,6 +10,7 @@ from neusemslice.optim import MaskedAdamW, MaskedSGD
 
 OPTIMIZERS = {
     "sgd": (MaskedSGD, torch.optim.SGD, {"lr": 0.01}),
+    "momentum": (MaskedSGD, torch.optim.SGD, {"lr": 0.01, "momentum": 0.9, "weight_decay": 0.01}),
     "nesterov": (
         MaskedSGD,
         torch.optim.SGD,
@@ -20,6 +21,11 @@ OPTIMIZERS = {
         partial(MaskedAdamW, decoupled_weight_decay=False),
         torch.optim.Adam,
         {"lr": 1e-3, "weight_decay": 0.05},
+    ),
+    "coupled amsgrad": (
+        partial(MaskedAdamW, decoupled_weight_decay=False),
+        torch.optim.Adam,
+        {"lr": 1e-3, "weight_decay": 0.05, "amsgrad": True, "eps": 1e-4},
     ),
     "dampened": (
         MaskedSGD,
@@ -43,6 +49,7 @@ LAYERS = {
     "linear inputs": ((8, 12), 1, [0, 3, 4, 11]),
     "conv channels_last": ((8, 4, 3, 3), 0, [1, 7]),
     "conv inputs channels_last": ((6, 8, 3, 3), 1, [1, 7]),
+    "conv3d inputs": ((4, 6, 2, 3, 3), 1, [0, 5]),
     "fused qkv": ((24, 8), -2, [0, 1, 8, 9, 16, 17]),
     "embedding": ((20, 6), -1, [2, 5]),
     "norm": ((8,), 0, [1, 7]),
@@ -102,6 +109,14 @@ class Twins:
             self.params, self.twins, self.gradients[step % len(self.gradients)], strict=True
         ):
             p.grad, twin.grad = grad.clone(), grad.clone()
+
+    def accumulate_gradients(self, step: int) -> None:
+        """Those of two backward passes."""
+        for optimizer, params in ((self.masked, self.params), (self.dense, self.twins)):
+            optimizer.zero_grad()
+            for half in (2 * step, 2 * step + 1):
+                own = self.gradients[half % len(self.gradients)]
+                sum((p * g).sum() for p, g in zip(params, own, strict=True)).backward()
 
     def check(self, but: str = "") -> None:
         for (name, (_, dim, rows)), p, twin, before in zip(

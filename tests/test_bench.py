@@ -150,6 +150,7 @@ def test_a_step_of_readaptation_is_measured():
     # State is held for tuned rows alone, beside each row's number of steps.
     tuned = result.values["tuned"].median
     assert 0.9 / tuned < result.values["memory"].median < 1.1 / tuned
+    assert [len(result.values[key].split(" / ")) for key in ("states", "peaks")] == [3, 3]
 
 
 def test_the_commit_of_results_is_that_of_all_else(tmp_path, monkeypatch):

@@ -60,6 +60,15 @@ class TestAgainstTorch:
         t.check()
 
     @BOTH
+    def test_with_accumulation(self, name, device):
+        t = Twins(name, device)
+        for step in range(STEPS):
+            t.accumulate_gradients(step)
+            t.masked.step()
+            t.dense.step()
+        t.check()
+
+    @BOTH
     def test_with_grad_scaler(self, name, device):
         t = Twins(name, device)
         scaler = torch.amp.GradScaler(device.type, init_scale=2.0**10, growth_interval=100)

@@ -362,6 +362,16 @@ class TestRefusals:
         ):
             nss.readapt(model, slicing, bad)
 
+    @pytest.mark.parametrize("validation", [None, 0.2])
+    def test_a_last_step_that_leaves_nothing_finite(self, validation):
+        """No loss shows it."""
+        model, slicing = made()
+        before = copy.deepcopy(model.state_dict())
+        x, y = (torch.cat(part) for part in zip(*SHIFTED, strict=True))
+        with pytest.raises(ValueError, match="readapt: epoch 1 gave weights that are not finite"):
+            nss.readapt(model, slicing, [(x, y)], epochs=1, lr=1e38, validation=validation)
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
     @pytest.mark.parametrize("bad", [0.0, 1.0, -0.5, float("nan"), 2])
     def test_a_share_that_is_none(self, bad):
         model, slicing = made()

@@ -52,7 +52,7 @@ def finetune(
     Raises:
         ValueError: if ``epochs``, ``lr`` or ``temperature`` is not positive, no parameter requires
             gradients, the teacher answers in another shape, a label is none of the model's, or the
-            loss is not finite.
+            loss or a weight does not stay finite.
     """
     for name, value in (("lr", lr), ("temperature", temperature)):
         if not value > 0:

@@ -129,7 +129,8 @@ def readapt(
     Raises:
         ValueError: for a slicing of another model, a budget outside (0, 1] or below one neuron, a
             validation share that holds none or all of the samples out, ``replay`` without old
-            samples, new samples with NaN or infinite activations, or a checkpoint of another call.
+            samples, new samples with NaN or infinite activations, a loss or weights that do not
+            stay finite, or a checkpoint of another call.
     """
     critical = slicing.critical_slice()
     critical.check_model(model)

@@ -114,8 +114,8 @@ def fit(
         watcher: what is told of the run.
 
     Raises:
-        ValueError: if ``epochs`` is not positive, a label is none of the model's, or the loss is
-            not finite.
+        ValueError: if ``epochs`` is not positive, a label is none of the model's, or the loss or
+            what is trained is not finite at an epoch's end.
     """
     if epochs < 1:
         raise ValueError(f"{what}: epochs must be at least 1, got {epochs}")
@@ -161,9 +161,18 @@ def fit(
             at.batches, at.summed = 0, torch.zeros(())
             if not math.isfinite(at.losses[-1]):
                 raise ValueError(f"{what}: the loss of epoch {epoch} is not finite")
+            if not _is_finite(optimizer):
+                raise ValueError(
+                    f"{what}: epoch {epoch} gave weights that are not finite; lower lr"
+                )
             if not watcher.epoch_ended():
                 break
     return Training(at.steps, at.seconds, tuple(at.losses), state_bytes(optimizer))
+
+
+def _is_finite(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether everything that it trains is: the last step's gradients show in no loss."""
+    return all(bool(p.isfinite().all()) for g in optimizer.param_groups for p in g["params"])
 
 
 @contextmanager

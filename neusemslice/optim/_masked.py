@@ -122,6 +122,10 @@ class MaskedOptimizer(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates the tuned rows of all parameters that have a gradient.
 
+        As with torch's own, a gradient that is not finite spoils what it belongs to. To refuse it
+        before anything changes, call ``clip_grad_norm_(inf, error_if_nonfinite=True)`` first; to
+        pass over such steps, use a ``GradScaler``.
+
         Args:
             closure: computes the loss and its gradients anew.
 
