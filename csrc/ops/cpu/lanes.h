@@ -127,7 +127,7 @@ struct Lanes {
              a.r[i] = (Register)((Bits)r[i] & kept));
     return a;
   }
-#if NSS_LANE_BYTES == 64
+#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
   // The sixteen from element kFirst on of these and those that follow them.
   template <int kFirst>
   NSS_INLINE Lanes followed_by(const Lanes& next) const {
@@ -168,7 +168,7 @@ struct Lanes {
     if constexpr (kWidth >= 4) NSS_EACH(2, v[i] = f(v[i], v[i + 2]));
     return f(v[0], v[1]);
   }
-#if NSS_LANE_BYTES == 64
+#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
   template <int kFirst, int... I>
   static NSS_INLINE Register shifted(const Register& a, const Register& b,
                                      std::integer_sequence<int, I...>) {
@@ -190,7 +190,7 @@ template <typename V>
 NSS_INLINE Lanes<V> fused(const Lanes<V>& a, const Lanes<V>& b, const Lanes<V>& c) {
   using Register [[maybe_unused]] = typename Lanes<V>::Register;
   Lanes<V> sum;
-#if NSS_LANE_BYTES == 64
+#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
   if constexpr (sizeof(V) == 8) {
     NSS_EACH(
         2, sum.r[i] = (Register)_mm512_fmadd_pd((__m512d)a.r[i], (__m512d)b.r[i], (__m512d)c.r[i]));
@@ -220,7 +220,7 @@ template <typename V>
 NSS_INLINE Lanes<V> root(const Lanes<V>& a) {
   using Register [[maybe_unused]] = typename Lanes<V>::Register;
   Lanes<V> b;
-#if NSS_LANE_BYTES == 64
+#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
   if constexpr (sizeof(V) == 8) {
     NSS_EACH(2, b.r[i] = (Register)_mm512_sqrt_pd((__m512d)a.r[i]));
   } else {
@@ -262,7 +262,7 @@ struct Counts {
   typename Lanes<V>::Bits r[Lanes<V>::kRegisters] = {};
 
   NSS_INLINE void add_positive(const Lanes<V>& a) {
-#if NSS_LANE_BYTES == 64
+#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
     // gcc makes lanes of the comparison's mask before it subtracts them.
     if constexpr (sizeof(V) == 4) {
       const __mmask16 positive =
@@ -289,7 +289,7 @@ NSS_INLINE Lanes<double> widen(const Lanes<double>& a) { return a; }
 NSS_INLINE Lanes<double> widen(const Lanes<float>& a) {
   using Wide [[maybe_unused]] = Lanes<double>::Register;
   Lanes<double> w;
-#if NSS_LANE_BYTES == 64
+#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
   w.r[0] = (Wide)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)a.r[0]));
   w.r[1] = (Wide)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)a.r[0], 1));
 #elif NSS_LANE_BYTES == 32
@@ -305,7 +305,7 @@ NSS_INLINE Lanes<float> to_float(const Lanes<float>& a) { return a; }
 NSS_INLINE Lanes<float> to_float(const Lanes<double>& a) {
   using Narrow [[maybe_unused]] = Lanes<float>::Register;
   Lanes<float> n;
-#if NSS_LANE_BYTES == 64
+#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
   n.r[0] = (Narrow)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)a.r[0])),
                                       _mm512_cvtpd_ps((__m512d)a.r[1]), 1);
 #elif NSS_LANE_BYTES == 32
@@ -338,7 +338,7 @@ template <typename Half>
 NSS_INLINE Lanes<float> load_lanes(const Half* p) {
   using Values [[maybe_unused]] = Lanes<float>::Register;
   Lanes<float> a;
-#if NSS_LANE_BYTES == 64
+#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   if constexpr (Half::kBrain) {
     a.r[0] = (Values)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
@@ -359,7 +359,7 @@ NSS_INLINE Lanes<float> load_lanes(const Half* p) {
   return a;
 }
 
-#if NSS_LANE_BYTES == 64
+#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
 NSS_INLINE void pack_words(void* p, __m512i words) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
 }
@@ -385,7 +385,7 @@ NSS_INLINE void store_lanes(Half* p, const Lanes<float>& a) {
                  (Word)(a.r[i] != a.r[i]) ? raw | 0x400000u : raw + 0x7fffu + (raw >> 16 & 1u);
              pack_words(p + i * Lanes<float>::kWidth, (Packed)(rounded >> 16)));
   } else {
-#if NSS_LANE_BYTES == 64
+#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph((__m512)a.r[0], _MM_FROUND_TO_NEAREST_INT));
 #else
