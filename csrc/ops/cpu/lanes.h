@@ -127,14 +127,17 @@ struct Lanes {
              a.r[i] = (Register)((Bits)r[i] & kept));
     return a;
   }
-#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
+#if NSS_LANE_BYTES == 64
   // The sixteen from element kFirst on of these and those that follow them.
   template <int kFirst>
   NSS_INLINE Lanes followed_by(const Lanes& next) const {
     Lanes a;
-    NSS_EACH(kRegisters, Register following = next.r[0];
-             if constexpr (i + 1 < kRegisters) following = r[i + 1];
-             a.r[i] = shifted<kFirst>(r[i], following, std::make_integer_sequence<int, kWidth>{}));
+    NSS_EACH(
+        kRegisters, const auto here = (__m512i)r[i];
+        const auto behind = (__m512i)(i + 1 < kRegisters ? r[(i + 1) % kRegisters] : next.r[0]);
+        if constexpr (sizeof(V) == 4) {
+          a.r[i] = (Register)_mm512_alignr_epi32(behind, here, kFirst);
+        } else { a.r[i] = (Register)_mm512_alignr_epi64(behind, here, kFirst); });
     return a;
   }
 #endif
@@ -168,13 +171,6 @@ struct Lanes {
     if constexpr (kWidth >= 4) NSS_EACH(2, v[i] = f(v[i], v[i + 2]));
     return f(v[0], v[1]);
   }
-#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
-  template <int kFirst, int... I>
-  static NSS_INLINE Register shifted(const Register& a, const Register& b,
-                                     std::integer_sequence<int, I...>) {
-    return __builtin_shufflevector(a, b, (kFirst + I)...);
-  }
-#endif
   static NSS_INLINE bool all_set(const Bits& bits) {
     int64_t words[NSS_LANE_BYTES / 8];
     __builtin_memcpy(words, &bits, sizeof(bits));
@@ -190,7 +186,7 @@ template <typename V>
 NSS_INLINE Lanes<V> fused(const Lanes<V>& a, const Lanes<V>& b, const Lanes<V>& c) {
   using Register [[maybe_unused]] = typename Lanes<V>::Register;
   Lanes<V> sum;
-#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
+#if NSS_LANE_BYTES == 64
   if constexpr (sizeof(V) == 8) {
     NSS_EACH(
         2, sum.r[i] = (Register)_mm512_fmadd_pd((__m512d)a.r[i], (__m512d)b.r[i], (__m512d)c.r[i]));
@@ -220,7 +216,7 @@ template <typename V>
 NSS_INLINE Lanes<V> root(const Lanes<V>& a) {
   using Register [[maybe_unused]] = typename Lanes<V>::Register;
   Lanes<V> b;
-#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
+#if NSS_LANE_BYTES == 64
   if constexpr (sizeof(V) == 8) {
     NSS_EACH(2, b.r[i] = (Register)_mm512_sqrt_pd((__m512d)a.r[i]));
   } else {
@@ -262,7 +258,7 @@ struct Counts {
   typename Lanes<V>::Bits r[Lanes<V>::kRegisters] = {};
 
   NSS_INLINE void add_positive(const Lanes<V>& a) {
-#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
+#if NSS_LANE_BYTES == 64
     // gcc makes lanes of the comparison's mask before it subtracts them.
     if constexpr (sizeof(V) == 4) {
       const __mmask16 positive =
@@ -289,7 +285,7 @@ NSS_INLINE Lanes<double> widen(const Lanes<double>& a) { return a; }
 NSS_INLINE Lanes<double> widen(const Lanes<float>& a) {
   using Wide [[maybe_unused]] = Lanes<double>::Register;
   Lanes<double> w;
-#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
+#if NSS_LANE_BYTES == 64
   w.r[0] = (Wide)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)a.r[0]));
   w.r[1] = (Wide)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)a.r[0], 1));
 #elif NSS_LANE_BYTES == 32
@@ -305,7 +301,7 @@ NSS_INLINE Lanes<float> to_float(const Lanes<float>& a) { return a; }
 NSS_INLINE Lanes<float> to_float(const Lanes<double>& a) {
   using Narrow [[maybe_unused]] = Lanes<float>::Register;
   Lanes<float> n;
-#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
+#if NSS_LANE_BYTES == 64
   n.r[0] = (Narrow)_mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps((__m512d)a.r[0])),
                                       _mm512_cvtpd_ps((__m512d)a.r[1]), 1);
 #elif NSS_LANE_BYTES == 32
@@ -338,7 +334,7 @@ template <typename Half>
 NSS_INLINE Lanes<float> load_lanes(const Half* p) {
   using Values [[maybe_unused]] = Lanes<float>::Register;
   Lanes<float> a;
-#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
+#if NSS_LANE_BYTES == 64
   const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   if constexpr (Half::kBrain) {
     a.r[0] = (Values)_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16);
@@ -359,7 +355,7 @@ NSS_INLINE Lanes<float> load_lanes(const Half* p) {
   return a;
 }
 
-#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
+#if NSS_LANE_BYTES == 64
 NSS_INLINE void pack_words(void* p, __m512i words) {
   _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
 }
@@ -385,7 +381,7 @@ NSS_INLINE void store_lanes(Half* p, const Lanes<float>& a) {
                  (Word)(a.r[i] != a.r[i]) ? raw | 0x400000u : raw + 0x7fffu + (raw >> 16 & 1u);
              pack_words(p + i * Lanes<float>::kWidth, (Packed)(rounded >> 16)));
   } else {
-#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
+#if NSS_LANE_BYTES == 64
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph((__m512)a.r[0], _MM_FROUND_TO_NEAREST_INT));
 #else

@@ -120,7 +120,7 @@ struct Correlation {
     for (int64_t n = 0; n < samples; ++n) {
       const V* g = grad + n * grad_sample + row * line;
       const V* at = x + n * x_sample;
-#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
+#if NSS_LANE_BYTES == 64
       if constexpr (kTaps % 3 == 0) {
         if (triples) {
           add_triples(sum, g, at, offsets + tap);
@@ -140,7 +140,7 @@ struct Correlation {
              NSS_EACH(kTaps, sum[r][i].store(out + (r * taps + i) * 16)));
   }
 
-#if NSS_LANE_BYTES == 64 && __has_builtin(__builtin_shufflevector)
+#if NSS_LANE_BYTES == 64
   // One sample. Of three taps one is loaded, and the others are made of it and of what follows:
   // loads that are not aligned cross cache lines, and bound the loop where rows are few.
   template <int kRows, int kTaps>
