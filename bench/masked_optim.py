@@ -95,7 +95,7 @@ KINDS = {
             own.rows,
             own.dims,
             own.lr,
-            weight_decay=1e-2,
+            **own.options,
         ),
     ),
     "SGD": Kind(
@@ -121,8 +121,7 @@ KINDS = {
             own.rows,
             own.dims,
             own.lr,
-            momentum=0.9,
-            weight_decay=1e-4,
+            **own.options,
         ),
     ),
 }
@@ -147,6 +146,7 @@ class Setting:
         )
         self.rows = [torch.randperm(size)[:tuned].sort().values for _ in range(count)]
         self.dims = [0] * count
+        self.options = {key: value for key, value in kind.options.items() if key != "lr"}
         self.lr = torch.tensor(kind.options["lr"], dtype=torch.float64, device="cpu")
         self.ours = self.masked(self.params)
         self.compact = [
