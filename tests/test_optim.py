@@ -264,8 +264,11 @@ class TestClipping:
         assert optimizer.clip_grad_norm_(1.0).isfinite()
         p.grad[2] = torch.inf
         before = p.grad.clone()
-        with pytest.raises(RuntimeError, match=r"MaskedAdamW: the norm of the gradients.*got inf"):
+        with pytest.raises(RuntimeError, match=r"MaskedAdamW: parameter 0 of group 0.*got inf"):
             optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
         assert same_bits(p.grad, before)
+        p.grad[2] = torch.finfo(p.grad.dtype).max  # finite, but not the sum of its squares
+        with pytest.raises(RuntimeError, match=r"MaskedAdamW: the norm of the gradients.*got inf"):
+            optimizer.clip_grad_norm_(1.0, error_if_nonfinite=True)
         p.grad = None
         assert optimizer.clip_grad_norm_(1.0) == 0

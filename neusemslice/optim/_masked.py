@@ -163,7 +163,8 @@ class MaskedOptimizer(torch.optim.Optimizer):
             The norm before clipping, of all parameters of all groups (and all ranks) together.
 
         Raises:
-            RuntimeError: for a norm that is not finite, if asked for. Nothing has changed then.
+            RuntimeError: for a norm that is not finite, if asked for, naming the first parameter of
+                which that is so. Nothing has changed then.
             ValueError: for a sparse gradient. Nothing has changed then.
         """
         self._check_gradients()
@@ -175,6 +176,12 @@ class MaskedOptimizer(torch.optim.Optimizer):
         ]
         norm = _clipping.total_norm(gradients, norm_type)
         if error_if_nonfinite and not bool(norm.isfinite()):
+            for gradient in gradients:
+                if not bool(gradient.tuned.isfinite().all()):
+                    raise RuntimeError(
+                        f"{self._at(*self._find(gradient.parameter))} must have a finite gradient "
+                        f"in its tuned rows to clip by their norm, got {norm.item()}"
+                    )
             raise RuntimeError(
                 f"{self._name}: the norm of the gradients of the tuned rows must be finite to clip "
                 f"by it, got {norm.item()}"
