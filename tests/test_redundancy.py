@@ -15,7 +15,7 @@ from transformer_models import batches, transformer
 import neusemslice as nss
 from neusemslice import Slice
 from neusemslice.graph import Inputs
-from neusemslice.maintain import compensate, plan, redundancy
+from neusemslice.maintain import compensate, folding, plan, redundancy
 from neusemslice.maintain.budgets import by_importance, importance_of
 from neusemslice.maintain.redundancy import Correlated, by_redundancy, order
 
@@ -301,7 +301,7 @@ class TestModels:
         once = by_redundancy(model, slicing, CALIBRATION, "plan")
         by_redundancy(model, slicing, Counted(CALIBRATION), "plan")
         before = next(sweeps)
-        monkeypatch.setattr(redundancy, "TOGETHER", 1)
+        monkeypatch.setattr(folding, "TOGETHER", 1)
         again = by_redundancy(model, slicing, Counted(CALIBRATION), "plan")
         assert next(sweeps) - before - 1 == before + 3  # four groups of their own
         for one, other in zip(once, again, strict=True):

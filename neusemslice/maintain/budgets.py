@@ -3,9 +3,17 @@
 A group's neurons are ranked by their greatest share in the contribution to any one class, or by how
 much of it the others cannot make up for (``maintain/redundancy.py``). What a group loses with all
 but its first ``k`` is the share of the contribution, mean over the classes that were seen, that the
-others have: its sensitivity, which the profile alone tells of any ranking. To meet a target all
-groups keep the same share of their contribution, so that none is hurt more than others: redundant
-layers give up more neurons than those in which each one counts.
+others have: its sensitivity, which the profile alone tells of any ranking. To meet a target by the
+profile alone all groups keep the same share of their contribution, so that none is hurt more than
+others: redundant layers give up more neurons than those in which each one counts.
+
+Where the change of the answers is measured (``maintain/sensitivity.py``), its sum over the groups
+is made as small as the target allows: each group keeps the number of neurons with the least
+
+    change + rate · price · neurons,
+
+a neuron's price being its share of the cost that the target is about, and the rate the same for
+all (Lagrange's condition; Everett 1963, Operations Research 11).
 """
 
 from __future__ import annotations
@@ -118,6 +126,29 @@ def of_contribution(groups: Sequence[Ranked], level: float) -> tuple[int, ...]:
     # What is short by no more than the sum's own rounding is not short.
     short = [group.losses > 1 - level + group.neurons * _EPS for group in groups]
     return _rounded(groups, [int(group.sum()) for group in short])
+
+
+def of_change(
+    groups: Sequence[Ranked], changes: Sequence[Tensor], prices: Sequence[float], level: float
+) -> tuple[int, ...]:
+    """How many neurons each group keeps where answers change least for what the neurons cost.
+
+    Args:
+        changes: of the answers with the groups' first ``k`` neurons; float64 ``[C + 1]``.
+        prices: of a neuron of each group.
+        level: in [0, 1]; at 0 the groups keep their fewest neurons, at 1 no neuron goes that
+            changes anything. A group never keeps fewer at a higher level.
+    """
+    fewest = of_share(groups, 0.0)
+    if level == 0:
+        return fewest
+    rate = (1 - level) / level
+    numbers = []
+    for group, least, change, price in zip(groups, fewest, changes, prices, strict=True):
+        counts = sorted({*range(least, group.neurons, group.step), group.neurons})
+        total = change[counts] + rate * price * torch.tensor(counts, dtype=torch.float64)
+        numbers.append(counts[int(total.argmin())])
+    return tuple(numbers)
 
 
 def _rounded(groups: Sequence[Ranked], numbers: Sequence[int]) -> tuple[int, ...]:

@@ -37,32 +37,26 @@ explained by its component      89.8    83.3    72.8
 explained by all that are kept  90.1    83.8    73.7
 ==============================  ======  ======  ======
 
-Activations are taken where compensation fits: as the group's readers read them, behind norms and
-activation functions, a row for each position, and for each real token of a text. That is no more
-work than the Gram with which each of these readers is fitted. One sweep streams the Grams of all
-groups; of wide models several sweeps do, each for as many groups as have ``TOGETHER`` bytes of
-them: ``8 F²`` of ``F`` features, 1.6 GB of 14,336. While a group is ordered there are two such
-matrices for each of its sites. Groups of more than ``SINGLY`` neurons lose a 64th of them at
+``maintain/folding.py`` says where that is measured. While a group is ordered there are two matrices
+like its Gram for each of its sites. Groups of more than ``SINGLY`` neurons lose a 64th of them at
 once, one by one among the four times as many that lose least, so that duplicates do not go
 together; that takes time with ``F³``, as a fit does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from neusemslice._progress import track
-from neusemslice.graph import Graph, Inputs, Reader, Site, device_of, evaluation
+from neusemslice.graph import device_of, evaluation
 from neusemslice.maintain.budgets import by_importance, importance_of
-from neusemslice.maintain.capture import real_tokens
-from neusemslice.maintain.compensate import check_repeatable, fittable
-from neusemslice.ops import Gram, gram_
-from neusemslice.profiling import unlabelled
+from neusemslice.maintain.compensate import check_repeatable
+from neusemslice.maintain.folding import Place, foldable, grams_of, sweeps
+from neusemslice.ops import Gram
 from neusemslice.slicing import SemanticSlicing
 
 RIDGE = 1e-6
@@ -71,9 +65,6 @@ RIDGE = 1e-6
 Tenfold, as often as it takes, where wide places see few dimensions: their Grams are rounded to
 float32, and that rounding's eigenvalues grow with the width.
 """
-
-TOGETHER = 2**32
-"""Bytes of Grams that are streamed in one sweep."""
 
 SINGLY = 512
 """Neurons of a group up to which one goes at a time."""
@@ -103,121 +94,18 @@ def by_redundancy(
     orders = by_importance(slicing)
     graph = slicing.profile.graph
     with evaluation(model):
-        for groups in _sweeps(_foldable(model, graph, loader, caller)):
+        read = foldable(model, graph, loader, caller)
+        first = {index: [places[0] for places in sites] for index, sites in read.items()}
+        for groups in sweeps(first):
             places = [place for found in groups.values() for place in found]
-            grams = _grams(model, places, loader, caller)
+            grams = grams_of(model, places, loader, caller)
             for index, found in groups.items():
                 if parts := _correlations(found, grams):
                     orders[index] = order(importance_of(slicing, graph.groups[index]), parts)
     return orders
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where a site is read: ``neurons`` of them with ``each`` so many features and positions.
-
-    A head has several features. The pixels of an image that was flattened are positions.
-    """
-
-    neurons: int
-    each: int
-    reader: Reader
-
-    @classmethod
-    def of(cls, site: Site, reader: Reader) -> _Place:
-        single = any(span.repeat == 1 for span in site.rows)
-        return cls(site.neurons, 1 if single else reader.repeat, reader)
-
-    @property
-    def features(self) -> int:
-        return self.neurons * self.each
-
-    def rows(self, x: Tensor, keep: Tensor | None) -> Tensor:
-        """The site's part of what the reader reads, ``[R, features]``, of the rows to keep."""
-        width = self.neurons * self.reader.repeat
-        part: Tensor = x.narrow(self.reader.dim, self.reader.start, width).movedim(
-            self.reader.dim, -1
-        )
-        part = part.flatten(0, -2)
-        part = part if keep is None else part[keep]
-        # A neuron has its positions next to each other, or its features.
-        part = part.unflatten(-1, (self.neurons, -1, self.each)).movedim(2, 1)
-        return part.reshape(-1, self.features)
-
-
-def _foldable(
-    model: nn.Module, graph: Graph, loader: Iterable[Any], caller: str
-) -> dict[int, list[_Place]]:
-    """Where the groups are read whose neurons compensation folds, by their number."""
-    fitted = set(fittable(model, graph, loader, caller))
-    found = {}
-    for index, group in enumerate(graph.groups):
-        sites = [graph.site(name) for name in group.sites]
-        folding = {span.tensor.rpartition(".")[0] for site in sites for span in site.columns}
-        if not group.kept_whole and folding and folding <= fitted:
-            reading = [[r for r in site.readers if r.module in folding] for site in sites]
-            found[index] = [
-                _Place.of(site, readers[0])
-                for site, readers in zip(sites, reading, strict=True)
-                if readers
-            ]
-    return found
-
-
-def _sweeps(groups: dict[int, list[_Place]]) -> Iterator[dict[int, list[_Place]]]:
-    """The groups whose Grams are streamed together."""
-    some: dict[int, list[_Place]] = {}
-    used = 0
-    for index, places in groups.items():
-        size = sum(8 * place.features**2 for place in places)
-        if some and used + size > TOGETHER:
-            yield some
-            some, used = {}, 0
-        some[index] = places
-        used += size
-    if some:
-        yield some
-
-
-def _grams(
-    model: nn.Module, places: Sequence[_Place], loader: Iterable[Any], caller: str
-) -> dict[_Place, Gram]:
-    """The Gram of what is read at each place."""
-    grams: dict[_Place, Gram] = {}
-    current = Inputs()
-
-    def reads(place: _Place) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else kwargs["input"]
-            rows = place.rows(x, real_tokens(current, x))
-            if place not in grams:
-                grams[place] = Gram.empty(place.features, rows.device)
-            gram_(grams[place], rows)
-
-        return hook
-
-    handles = [
-        model.get_submodule(place.reader.module).register_forward_pre_hook(
-            reads(place), with_kwargs=True
-        )
-        for place in places
-    ]
-    try:
-        for inputs in track(unlabelled(loader, caller), f"{caller}: redundancy"):
-            current = inputs.to(device_of(model))
-            current.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    for place, gram in grams.items():
-        if not bool(gram.products.isfinite().all()):
-            raise ValueError(
-                f"{caller}: layer {place.reader.module} sees activations that are not finite"
-            )
-    return grams
-
-
-def _correlations(places: Sequence[_Place], grams: dict[_Place, Gram]) -> list[Correlated]:
+def _correlations(places: Sequence[Place], grams: dict[Place, Gram]) -> list[Correlated]:
     """Of a group's places, whose Grams are used up; none if there are too few rows."""
     own = [(place, grams.pop(place)) for place in places]
     if any(int(gram.count) <= place.features for place, gram in own):

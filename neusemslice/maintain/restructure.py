@@ -26,7 +26,7 @@ from neusemslice.maintain.cost import latency as measure_latency
 from neusemslice.maintain.cutting import check_pruned, prune
 from neusemslice.maintain.pretrained import save_pretrained
 from neusemslice.maintain.saving import read_model, write_model
-from neusemslice.maintain.targets import checked_target, meet, ordered, removable
+from neusemslice.maintain.targets import checked_target, meet, removable, sensitivity_of
 from neusemslice.profiling import first_inputs
 from neusemslice.slicing import SemanticSlicing, Slice
 
@@ -143,19 +143,21 @@ def restructure(
 ) -> Restructured:
     """Removes the neurons outside a slice from a copy of the model.
 
-    Without a target the critical slice (or the given ``Slice``) stays. With a target, every coupled
-    group keeps the same share of its contribution to the classes, the largest that meets the
-    target, by the fewest neurons; with ``keep``, the same share of its neurons. Those of greatest
-    share in the contribution to any one class stay; with compensation, those of greatest share that
-    the others cannot make up for (``maintain/redundancy.py``). ``nss.maintain.plan`` shows all that
-    before anything is cut.
+    Without a target the critical slice (or the given ``Slice``) stays. With a target, coupled
+    groups keep as many neurons as the model's answers need them, measured on calibration samples
+    (``maintain/sensitivity.py``); without compensation, the same share of their contribution to the
+    classes, the largest that meets the target, by the fewest neurons; with ``keep``, the same share
+    of their neurons. Those of greatest share in the contribution to any one class stay; with
+    compensation, those of greatest share that the others cannot make up for
+    (``maintain/redundancy.py``). ``nss.maintain.plan`` shows all that before anything is cut.
 
     Args:
         model: the one that the slicing was made from; it is left as it was.
         slicing: from ``neusemslice.slice``, or the slice to keep.
         calibration: a loader whose first batch the result is checked with, and whose samples
             compensation goes through once for each layer, and before, with a target, to see which
-            neurons the others make up for; labels are not used.
+            neurons the others make up for and what each group's neurons are worth to the answers;
+            labels are not used.
         macs, params: share of the multiply-adds or of the parameters to keep at most.
         keep: share of each group's neurons to keep.
         latency: share of the time of a forward pass over the first calibration batch to keep at
@@ -194,8 +196,9 @@ def restructure(
             whole = measure_latency(model, inputs)
             return measure_latency(prune(model, kept), inputs) / whole
 
-        orders = ordered(model, slicing, calibration if compensate else None, "restructure")
-        wanted = meet(model, slicing, orders, *target, round_to, "restructure", latency_left)
+        folded = calibration if compensate else None
+        found = sensitivity_of(model, slicing, folded, target[0], "restructure")
+        wanted = meet(model, slicing, found, *target, round_to, "restructure", latency_left)
     kept = removable(wanted, "restructure")
     pruned = prune(model, kept)
     difference = check_pruned(model, pruned, kept, inputs)

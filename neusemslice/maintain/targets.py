@@ -1,12 +1,15 @@
 """Meeting a target: the largest slice that does, and the plan of what it would leave.
 
 All groups grow together (``maintain/budgets.py``) until the next step is too much; then single
-groups take steps for what is left of the target, those first that win most by one.
+groups take steps for what is left of the target, those first that win most by one: of their
+contribution, or of what changes the answers for what it costs. A neuron costs less where its
+neighbours are fewer, so costs are counted again, once, with what was found first.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +21,7 @@ from neusemslice.maintain.budgets import (
     Ranked,
     by_importance,
     kept_slice,
+    of_change,
     of_contribution,
     of_share,
     ranked,
@@ -25,6 +29,7 @@ from neusemslice.maintain.budgets import (
 )
 from neusemslice.maintain.cost import sliced_cost
 from neusemslice.maintain.redundancy import by_redundancy
+from neusemslice.maintain.sensitivity import answer_changes
 from neusemslice.slicing import SemanticSlicing, Slice
 
 
@@ -36,7 +41,10 @@ class GroupPlan:
         sites: of the group.
         before, after: its neurons.
         losses: float64 ``[before + 1]``, the share of the contribution to the classes, their mean,
-            that goes if the group keeps its first ``k`` neurons: its sensitivity.
+            that goes if the group keeps its first ``k`` neurons: its sensitivity by the profile.
+        changes: float64 ``[before + 1]``, how much the answers change if the group alone keeps its
+            first ``k`` neurons and the others are folded into them, relative to how much answers
+            vary: its sensitivity as measured. None where it was not.
         parameters, macs: how many fewer there are if this group alone is cut.
         kept_whole: why none of its neurons may be removed; empty where they may.
     """
@@ -45,6 +53,7 @@ class GroupPlan:
     before: int
     after: int
     losses: Tensor
+    changes: Tensor | None
     parameters: int
     macs: int
     kept_whole: str
@@ -89,8 +98,9 @@ def plan(
         model: that the slicing was made from; without calibration or a target it is not run, and
             may be on the meta device.
         calibration: what ``restructure`` is to compensate with. None for what it keeps with
-            ``compensate=False``: neurons are then ranked by importance alone, as nothing is folded.
-            Without a target it makes no difference.
+            ``compensate=False``: neurons are then ranked by importance alone, as nothing is folded,
+            and groups get their budgets by the profile alone. Without a target it makes no
+            difference.
         macs, params, keep, round_to: as for ``restructure``.
 
     Raises:
@@ -99,19 +109,21 @@ def plan(
     target = checked_target("plan", {"macs": macs, "params": params, "keep": keep}, round_to)
     slicing.critical_slice().check_model(model)
     graph = slicing.profile.graph
-    orders = ordered(model, slicing, None if target is None else calibration, "plan")
     if target is None:
         kept = removable(slicing.critical_slice(), "plan")
+        found = Sensitivity(by_importance(slicing))
     else:
-        kept = meet(model, slicing, orders, *target, round_to, "plan")
+        found = sensitivity_of(model, slicing, calibration, target[0], "plan")
+        kept = meet(model, slicing, found, *target, round_to, "plan")
     # Critical neurons need not be the first of their group.
-    for i, (group, order) in enumerate(zip(graph.groups, orders, strict=True)):
+    orders = []
+    for group, order in zip(graph.groups, found.orders, strict=True):
         stays = kept.mask(group.sites[0])[order]
-        orders[i] = torch.cat([order[stays], order[~stays]])
+        orders.append(torch.cat([order[stays], order[~stays]]))
     whole = Slice.whole(graph)
     before, after = sliced_cost(model, graph, whole), sliced_cost(model, graph, kept)
     plans = []
-    for entry in ranked(slicing, orders, 1):
+    for number, entry in enumerate(ranked(slicing, orders, 1)):
         sites = entry.group.sites
         alone = whole.masks() | {name: kept.mask(name) for name in sites}
         cost = sliced_cost(model, graph, Slice(graph, alone))
@@ -121,6 +133,7 @@ def plan(
                 entry.neurons,
                 int(kept.mask(sites[0]).sum()),
                 entry.losses,
+                None if found.changes is None else found.changes[number],
                 before[0] - cost[0],
                 before[1] - cost[1],
                 entry.group.kept_whole,
@@ -148,6 +161,44 @@ def checked_target(
     return next(iter(chosen.items()), None)
 
 
+@dataclass(frozen=True)
+class Sensitivity:
+    """What says how many neurons of each group to keep, and which.
+
+    Attributes:
+        orders: of each group's neurons, those to keep first; int64 ``[C]``.
+        changes: of the answers if a group alone keeps its first ``k``, float64 ``[C + 1]``; None
+            if not measured.
+    """
+
+    orders: list[Tensor]
+    changes: list[Tensor] | None = None
+
+
+def sensitivity_of(
+    model: nn.Module,
+    slicing: SemanticSlicing,
+    calibration: Iterable[Any] | None,
+    target: str,
+    caller: str,
+) -> Sensitivity:
+    """Of a model's groups, measured if there is a calibration and the target leaves a choice.
+
+    Args:
+        calibration: what the removed neurons are folded with, or None if they are not.
+        target: its name; with "keep" all groups keep the same share of their neurons.
+        caller: named in errors.
+
+    Raises:
+        ValueError: as ``by_redundancy``.
+    """
+    orders = ordered(model, slicing, calibration, caller)
+    if calibration is None or target == "keep":
+        return Sensitivity(orders)
+    graph = slicing.profile.graph
+    return Sensitivity(orders, answer_changes(model, graph, orders, calibration, caller))
+
+
 def ordered(
     model: nn.Module, slicing: SemanticSlicing, calibration: Iterable[Any] | None, caller: str
 ) -> list[Tensor]:
@@ -168,7 +219,7 @@ def ordered(
 def meet(
     model: nn.Module,
     slicing: SemanticSlicing,
-    orders: Sequence[Tensor],
+    found: Sensitivity,
     name: str,
     target: float,
     round_to: int | None,
@@ -180,7 +231,7 @@ def meet(
     Args:
         model: that the slicing was made from.
         slicing: says what goes with each neuron.
-        orders: of each group's neurons, those to keep first.
+        found: which neurons of each group to keep first, and what goes with the others.
         name: of the target: "macs", "params", "latency" or "keep".
         target: in (0, 1], the share to keep at most; of "keep", the share of each group's neurons.
         round_to: each group keeps a multiple of this, or all; with None, of what makes it fast if
@@ -191,85 +242,204 @@ def meet(
     Raises:
         ValueError: if the target cannot be met.
     """
-    rest = functools.partial(_met, model, slicing, name, target, caller, latency_left)
+
+    def rest(step: int | None) -> Slice:
+        groups = ranked(slicing, found.orders, step)
+        return _met(model, slicing, groups, found.changes, name, target, caller, latency_left)
+
     if round_to is None and name in ("macs", "latency"):
         try:
-            return rest(ranked(slicing, orders, None))
+            return rest(None)
         except ValueError:
-            return rest(ranked(slicing, orders, 1))
-    return rest(ranked(slicing, orders, round_to or 1))
+            return rest(1)
+    return rest(round_to or 1)
 
 
 def _met(
     model: nn.Module,
     slicing: SemanticSlicing,
+    groups: list[Ranked],
+    changes: Sequence[Tensor] | None,
     name: str,
     target: float,
     caller: str,
     latency_left: Callable[[Slice], float] | None,
-    groups: list[Ranked],
 ) -> Slice:
     graph = slicing.profile.graph
 
     def keeping(numbers: tuple[int, ...]) -> Slice:
         return removable(kept_slice(graph, groups, numbers), caller)
 
-    def at(level: float) -> tuple[int, ...]:
-        return of_contribution(groups, level)
-
     if name == "keep":
         return keeping(of_share(groups, target))
 
-    whole_cost = sliced_cost(model, graph, Slice.whole(graph))
+    part = 0 if name == "params" else 1
+    whole_cost = max(1, sliced_cost(model, graph, Slice.whole(graph))[part])
+
+    @functools.cache
+    def counted(numbers: tuple[int, ...]) -> float:
+        """Share of the whole model's parameters or multiply-adds."""
+        return sliced_cost(model, graph, keeping(numbers))[part] / whole_cost
 
     @functools.cache
     def share_left(numbers: tuple[int, ...]) -> float:
         """What would be left of that which the target is about."""
-        kept = keeping(numbers)
         if name == "latency":
             assert latency_left is not None
-            return latency_left(kept)
-        part = 0 if name == "params" else 1
-        return sliced_cost(model, graph, kept)[part] / max(1, whole_cost[part])
+            return latency_left(keeping(numbers))
+        return counted(numbers)
 
-    if share_left(at(0.0)) > target:
+    def fits(numbers: tuple[int, ...]) -> bool:
+        return share_left(numbers) <= target
+
+    fewest, whole = of_share(groups, 0.0), of_share(groups, 1.0)
+    if not fits(fewest):
         raise ValueError(
             f"{caller}: {name}={target} cannot be met; the fewest neurons per group leave "
-            f"{share_left(at(0.0)):.3f}"
+            f"{share_left(fewest):.3f}"
         )
-    low, high = 0.0, 1.0
-    if name != "latency" and share_left(at(high)) <= target:
-        low = high
+    if name != "latency" and fits(whole):
+        return keeping(whole)
     # Counted costs are met more finely than by one neuron of any layer that fits in memory. A
     # measured one is not known better than to a few percent.
-    for _ in range(7 if name == "latency" else 24):
-        middle = (low + high) / 2
-        low, high = (middle, high) if share_left(at(middle)) <= target else (low, middle)
-    numbers = at(low)
+    halvings = 7 if name == "latency" else 24
+
+    if changes is None:
+        numbers = _largest(functools.partial(of_contribution, groups), fits, halvings)
+        lost = [group.losses for group in groups]
+        prices = [1.0] * len(groups)
+    else:
+        lost = list(changes)
+        prices = _prices(groups, whole, counted)
+        at = functools.partial(of_change, groups, changes)
+        numbers = _largest(functools.partial(at, prices), fits, halvings)
+        if name != "latency":
+            prices = _prices(groups, numbers, counted)
+            numbers = _largest(functools.partial(at, prices), fits, halvings)
     if name == "latency":
         return keeping(numbers)
-    return keeping(_filled(groups, numbers, lambda more: share_left(more) <= target))
+    numbers = _filled(groups, numbers, lost, prices, fits)
+    if changes is not None:
+        numbers = _exchanged(groups, numbers, lost, prices, fits)
+    return keeping(numbers)
+
+
+def _largest(
+    at: Callable[[float], tuple[int, ...]], fits: Callable[[tuple[int, ...]], bool], halvings: int
+) -> tuple[int, ...]:
+    """The numbers of neurons at the highest level that fits; those at level 0 do."""
+    low, high = 0.0, 1.0
+    if fits(at(high)):
+        return at(high)
+    for _ in range(halvings):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(at(middle)) else (low, middle)
+    return at(low)
+
+
+def _prices(
+    groups: Sequence[Ranked],
+    numbers: tuple[int, ...],
+    counted: Callable[[tuple[int, ...]], float],
+) -> list[float]:
+    """What a neuron of each group costs, mean over the half of them that would go next.
+
+    Of a group that can lose none, over as many as would come.
+    """
+    prices = []
+    for i, (group, number) in enumerate(zip(groups, numbers, strict=True)):
+        low, high = max(group.group.least, number // 2), number
+        if low >= high:
+            low, high = number, min(group.neurons, 2 * number)
+        if group.group.kept_whole or low == high:
+            prices.append(0.0)
+            continue
+        more, fewer = (counted((*numbers[:i], n, *numbers[i + 1 :])) for n in (high, low))
+        prices.append((more - fewer) / (high - low))
+    return prices
 
 
 def _filled(
     groups: list[Ranked],
     numbers: tuple[int, ...],
+    lost: Sequence[Tensor],
+    prices: Sequence[float],
     fits: Callable[[tuple[int, ...]], bool],
 ) -> tuple[int, ...]:
-    """Steps of single groups as long as any fits, those first that win most by one."""
+    """Steps of single groups as long as any fits, those first that win most by one.
+
+    Args:
+        lost: with the groups' first ``k`` neurons; ``[C + 1]``.
+        prices: of a neuron of each group.
+    """
     open_groups = set(range(len(groups)))
     while open_groups:
         more = {i: stepped(numbers[i] + 1, groups[i]) for i in open_groups}
-        best = max(
-            sorted(open_groups),
-            key=lambda i: float(groups[i].losses[numbers[i]] - groups[i].losses[more[i]]),
-        )
+
+        def won(i: int, more: dict[int, int] = more, numbers: tuple[int, ...] = numbers) -> float:
+            gain = float(lost[i][numbers[i]] - lost[i][more[i]])
+            cost = prices[i] * (more[i] - numbers[i])
+            return gain / cost if cost > 0 else gain
+
+        best = max(sorted(open_groups), key=won)
         candidate = (*numbers[:best], more[best], *numbers[best + 1 :])
         if candidate != numbers and fits(candidate):
             numbers = candidate
         else:
             open_groups.remove(best)  # what is too much now will be too much later
     return numbers
+
+
+def _exchanged(
+    groups: list[Ranked],
+    numbers: tuple[int, ...],
+    changes: Sequence[Tensor],
+    prices: Sequence[float],
+    fits: Callable[[tuple[int, ...]], bool],
+) -> tuple[int, ...]:
+    """Some steps more of a group for steps of others, while that wins a hundredth.
+
+    One rate for all groups passes over numbers between those that are best at some rate; in small
+    groups they are far apart.
+    """
+
+    def total(numbers: tuple[int, ...]) -> float:
+        return sum(float(c[n]) for c, n in zip(changes, numbers, strict=True))
+
+    going_on = True
+    while going_on:
+        going_on = False
+        for i, group in enumerate(groups):
+            for steps in (1, 2, 4, 8):
+                more = stepped(numbers[i] + steps * group.step, group)
+                candidate: tuple[int, ...] | None = (*numbers[:i], more, *numbers[i + 1 :])
+                while candidate is not None and not fits(candidate):
+                    candidate = _shed(groups, candidate, changes, prices, but=i)
+                if candidate is not None and total(candidate) < 0.99 * total(numbers):
+                    numbers = _filled(groups, candidate, changes, prices, fits)
+                    going_on = True
+    return numbers
+
+
+def _shed(
+    groups: list[Ranked],
+    numbers: tuple[int, ...],
+    changes: Sequence[Tensor],
+    prices: Sequence[float],
+    but: int,
+) -> tuple[int, ...] | None:
+    """A step fewer of the group that changes least for what it costs; none if none can go."""
+    best, least = None, math.inf
+    for i, (group, number) in enumerate(zip(groups, numbers, strict=True)):
+        fewer = (number - 1) // group.step * group.step
+        if i == but or group.group.kept_whole or fewer < max(1, group.group.least):
+            continue
+        saved = prices[i] * (number - fewer)
+        worse = float(changes[i][fewer] - changes[i][number])
+        if saved > 0 and worse / saved < least:
+            best, least = i, worse / saved
+            candidate = (*numbers[:i], fewer, *numbers[i + 1 :])
+    return None if best is None else candidate
 
 
 def removable(wanted: Slice, caller: str) -> Slice:

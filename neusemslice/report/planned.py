@@ -13,16 +13,20 @@ _SHARES = (0.7, 0.5, 0.3)
 def plan_table(planned: Plan) -> Table:
     """Per coupled group its neurons, the share of its contribution that goes, and what that saves.
 
-    “At” says what would go if the group kept those shares of its neurons: how sensitive it is.
+    “At” says what would go if the group kept those shares of its neurons: how sensitive it is. With
+    calibration, what counts is by how much the answers would change.
     """
     table = Table(title="Restructuring would keep")
     table.add_column("sites")
-    sensitivity = "at " + " / ".join(f"{share:.0%}" for share in _SHARES)
+    measured = any(group.changes is not None for group in planned.groups)
+    shares = " / ".join(f"{share:.0%}" for share in _SHARES)
+    sensitivity = f"answers change at {shares}" if measured else f"at {shares}"
     for heading in ("neurons", "kept", "lost", sensitivity, "parameters", "multiply-adds"):
         table.add_column(heading, justify="right")
     for group in planned.groups:
         name, *others = group.sites
-        losses = (float(group.losses[round(share * group.before)]) for share in _SHARES)
+        curve = group.losses if group.changes is None else group.changes
+        losses = (float(curve[round(share * group.before)]) for share in _SHARES)
         table.add_row(
             name + f" and {len(others)} more" * bool(others),
             f"{group.before:,}",
