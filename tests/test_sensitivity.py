@@ -20,8 +20,9 @@ from neusemslice.maintain.budgets import by_importance, of_change, ranked
 from neusemslice.maintain.compensate import RIDGE
 from neusemslice.maintain.cost import sliced_cost
 from neusemslice.maintain.folding import foldable
+from neusemslice.maintain.search import largest
 from neusemslice.maintain.sensitivity import answer_changes, curve
-from neusemslice.maintain.targets import _met, ordered
+from neusemslice.maintain.targets import ordered
 from neusemslice.report import plan_table
 
 X = images(160, 1, 8, 8, seed=3)
@@ -231,7 +232,7 @@ class TestBudgets:
         groups = ranked(slicing, orders, 1)
         totals = []
         for measured in (changes, None):
-            kept = _met(model, slicing, groups, measured, part, target, "plan", None)
+            kept = largest(model, slicing.profile.graph, groups, measured, part, target, "plan")
             numbers = [int(kept.mask(group.group.sites[0]).sum()) for group in groups]
             totals.append(sum(float(c[n]) for c, n in zip(changes, numbers, strict=True)))
         assert totals[0] <= totals[1]
@@ -269,7 +270,7 @@ class TestBudgets:
         planned = plan(model, slicing, params=0.5)
         assert all(group.changes is None for group in planned.groups)
         groups = ranked(slicing, by_importance(slicing), 1)
-        wanted = _met(model, slicing, groups, None, "params", 0.5, "plan", None)
+        wanted = largest(model, slicing.profile.graph, groups, None, "params", 0.5, "plan")
         assert planned.kept == wanted
 
     def test_a_plan_shows_what_was_measured(self):

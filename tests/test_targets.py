@@ -15,7 +15,7 @@ from neusemslice.graph import Graph, Group, Layer, Reader, Site, Span
 from neusemslice.maintain import plan
 from neusemslice.maintain.budgets import by_importance, fast_step, of_contribution, ranked
 from neusemslice.maintain.cost import sliced_cost
-from neusemslice.maintain.targets import removable
+from neusemslice.maintain.search import removable
 from neusemslice.report import plan_table
 
 BATCHES = loader()

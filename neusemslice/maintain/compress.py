@@ -26,8 +26,8 @@ from neusemslice.graph import Graph, Group, Inputs, device_of, trace
 from neusemslice.maintain.cost import parameter_count, sliced_cost
 from neusemslice.maintain.cutting import check_pruned, prune
 from neusemslice.maintain.finetune import finetune
+from neusemslice.maintain.search import removable
 from neusemslice.maintain.sparsity import METHODS, Method, Units, counts, fewest, strongest
-from neusemslice.maintain.targets import removable
 from neusemslice.maintain.training import score
 from neusemslice.profiling import first_inputs
 from neusemslice.slicing import Slice

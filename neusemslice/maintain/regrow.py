@@ -15,7 +15,7 @@ from neusemslice.graph import device_of
 from neusemslice.maintain.compensate import compensate as fit_layers
 from neusemslice.maintain.cutting import check_pruned, prune
 from neusemslice.maintain.restructure import Restructured, RestructureReport
-from neusemslice.maintain.targets import removable
+from neusemslice.maintain.search import removable
 from neusemslice.maintain.undo import Undo
 from neusemslice.profiling import first_inputs
 from neusemslice.slicing import Slice

@@ -26,7 +26,8 @@ from neusemslice.maintain.cost import latency as measure_latency
 from neusemslice.maintain.cutting import check_pruned, prune
 from neusemslice.maintain.pretrained import save_pretrained
 from neusemslice.maintain.saving import read_model, write_model
-from neusemslice.maintain.targets import checked_target, meet, removable, sensitivity_of
+from neusemslice.maintain.search import removable
+from neusemslice.maintain.targets import checked_target, meet, sensitivity_of
 from neusemslice.profiling import first_inputs
 from neusemslice.slicing import SemanticSlicing, Slice
 
