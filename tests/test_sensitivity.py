@@ -16,7 +16,7 @@ import neusemslice as nss
 from neusemslice import Slice
 from neusemslice.graph import Inputs, evaluation
 from neusemslice.maintain import plan, sensitivity
-from neusemslice.maintain.budgets import by_importance, of_change, ranked
+from neusemslice.maintain.budgets import by_importance, kept_slice, of_change, ranked
 from neusemslice.maintain.compensate import RIDGE
 from neusemslice.maintain.cost import sliced_cost
 from neusemslice.maintain.folding import foldable
@@ -154,7 +154,6 @@ class TestWhereItIsRead:
         model, _ = made("residual")
         model.train()
         before = {name: t.clone() for name, t in model.state_dict().items()}
-        changes_of("residual")
         slicing = nss.slice(nss.profile(model, CALIBRATION))
         answer_changes(model, slicing.profile.graph, by_importance(slicing), CALIBRATION, "plan")
         assert model.training
@@ -245,21 +244,13 @@ class TestBudgets:
         sizes = [range(1, g.neurons + 1) if not g.group.kept_whole else [g.neurons] for g in groups]
         whole = sliced_cost(model, graph, Slice.whole(graph))[0]
 
-        def kept(numbers):
-            masks = {}
-            for group, number in zip(groups, numbers, strict=True):
-                mask = torch.zeros(group.neurons, dtype=torch.bool)
-                mask[group.order[:number]] = True
-                masks |= dict.fromkeys(group.group.sites, mask)
-            return Slice(graph, masks)
-
         def total(numbers):
             return sum(float(c[n]) for c, n in zip(changes, numbers, strict=True))
 
         fitting = [
             total(n)
             for n in itertools.product(*sizes)
-            if sliced_cost(model, graph, kept(n))[0] <= 0.5 * whole
+            if sliced_cost(model, graph, kept_slice(graph, groups, n))[0] <= 0.5 * whole
         ]
         found = plan(model, slicing, calibration=CALIBRATION, params=0.5)
         own = total([group.after for group in found.groups])

@@ -134,7 +134,7 @@ def grams_of(
         for place in dict.fromkeys(places)
     ]
     try:
-        for inputs in track(unlabelled(loader, caller), f"{caller}: redundancy"):
+        for inputs in track(unlabelled(loader, caller), f"{caller}: correlations"):
             current = inputs.to(device_of(model))
             current.run(model)
     finally:

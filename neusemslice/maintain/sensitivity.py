@@ -158,7 +158,7 @@ class _Estimate:
     bias: Tensor
 
     @classmethod
-    def of(cls, place: Place, gram: Gram, order: Tensor, count: int) -> _Estimate:
+    def of(cls, model: nn.Module, place: Place, gram: Gram, order: Tensor, count: int) -> _Estimate:
         within = torch.arange(place.each)
         features = (order.unsqueeze(1) * place.each + within).to(gram.products.device)
         kept, gone = features[:count].flatten(), features[count:].flatten()
@@ -167,7 +167,8 @@ class _Estimate:
         own.diagonal().add_(RIDGE * own.diagonal().mean().clamp_min(torch.finfo(own.dtype).tiny))
         weight = torch.cholesky_solve(cross, torch.linalg.cholesky(own)).mT
         bias = gram.mean[gone] - weight @ gram.mean[kept]
-        return cls(place, kept, gone, weight, bias)
+        dtype = model.get_parameter(f"{place.reader.module}.weight").dtype
+        return cls(place, kept, gone, weight.to(dtype), bias.to(dtype))
 
     def hook(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -200,7 +201,9 @@ def _without(
 ) -> Callable[[], AbstractContextManager[None]]:
     """Inside the block the model answers as if the group had kept its first ``count`` neurons."""
     if grams:
-        estimates = [_Estimate.of(place, gram, order, count) for place, gram in grams.items()]
+        estimates = [
+            _Estimate.of(model, place, gram, order, count) for place, gram in grams.items()
+        ]
         return lambda: _estimated(model, estimates)
     mask = torch.zeros(len(order), dtype=torch.bool)
     mask[order[:count]] = True
