@@ -2,9 +2,9 @@
 
 Compression: LAMP, Global, Uniform+ and ERK remove a fifth of the weights that are left in each
 iteration and fine-tune, until the accuracy budget is spent; alone, after DeepArc has removed
-layers, and after slicing has removed neurons. The protocol is that of ``bench/compression.py``;
-what goes first is an iteration too. Of DeepArc's thresholds the one counts that removes most and
-whose fine-tuned network keeps the budget; trying the others is not counted.
+layers, and after slicing has removed neurons. The protocol is that of ``bench/compression.py``.
+A network without layers is fine-tuned, which is an iteration too; of DeepArc's thresholds the one
+counts that removes most and keeps the budget then, and trying the others is not counted.
 
 At equal multiply-adds: torch-pruning's pruner, with each of its importances, removes half of them
 or, where neurons are few, a little more; ours has no more left. Then all fine-tune for the same
@@ -78,7 +78,7 @@ COST_COLUMNS = (
 
 NOTE = (
     "Mean: the network's parameters over those that are left. Budgets: 1 point on MNIST and "
-    "digits, 3 on CIFAR-10. Iterations count what goes first."
+    "digits, 3 on CIFAR-10. Removing layers is an iteration, slicing trains nothing."
 )
 COST_NOTE = (
     "Mean: test accuracy after {0.tuning_steps} steps of fine-tuning. Torch-pruning's importances "
