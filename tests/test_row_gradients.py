@@ -17,14 +17,19 @@ from neusemslice.graph import Inputs, trace
 from neusemslice.optim import MaskedAdamW, MaskedSGD, row_gradients
 
 
-def groups_of(model, share=0.5, dims=None):
-    """Random rows of every parameter; along dimension 0 but for those named in `dims`."""
+def groups_of(model, share=0.5, dims=None, alike=False):
+    """Random rows of every parameter; along dimension 0 but for those named in `dims`.
+
+    If `alike`, of as many neurons the same ones are drawn: those of a layer's weight and bias.
+    """
     generator = torch.Generator().manual_seed(0)
     named = list(model.named_parameters())
     along = [(dims or {}).get(name, 0) for name, _ in named]
     rows = []
     for (_, parameter), dim in zip(named, along, strict=True):
         size = parameter.shape[dim]
+        if alike:
+            generator.manual_seed(size)
         drawn = torch.randperm(size, generator=generator)[: max(1, int(share * size))]
         rows.append(drawn.sort().values)
     return [{"params": [p for _, p in named], "rows": rows, "neuron_dims": along}]
@@ -38,7 +43,7 @@ def loss_of(model, x):
     return model(x).square().sum()
 
 
-def assert_rows_of_dense(model, x, dims=None, loss=loss_of, **close):
+def assert_rows_of_dense(model, x, dims=None, loss=loss_of, alike=False, **close):
     """The leaves' gradients are the rows of the whole ones; the block leaves no trace."""
     dense = copy.deepcopy(model)
     before, classes = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
@@ -46,7 +51,7 @@ def assert_rows_of_dense(model, x, dims=None, loss=loss_of, **close):
     hooks = [dict(m._forward_hooks) for m in model.modules()]
     attributes = [set(m.__dict__) for m in model.modules()]
     loss(dense, x).backward()
-    with row_gradients(model, groups_of(model, dims=dims)) as tuned:
+    with row_gradients(model, groups_of(model, dims=dims, alike=alike)) as tuned:
         assert torch.equal(loss(model, x), loss(dense, x))
         loss(model, x).backward()
         of = {id(p): q.grad for p, q in zip(_whole(model, tuned), dense.parameters(), strict=True)}
@@ -147,6 +152,13 @@ class TestGradients:
         model, shape, dims = layers(name)
         model = copy.deepcopy(model).double().to(device)
         assert_rows_of_dense(model, torch.randn(shape, dtype=torch.float64, device=device), dims)
+
+    @pytest.mark.parametrize("name", ["linear", "tokens", "vector", "turned", "conv2d"])
+    def test_where_weight_and_bias_have_the_same_rows(self, name, device):
+        model, shape, dims = layers(name)
+        model = copy.deepcopy(model).double().to(device)
+        x = torch.randn(shape, dtype=torch.float64, device=device)
+        assert_rows_of_dense(model, x, dims, alike=True)
 
     @pytest.mark.parametrize("name", IMAGES)
     def test_of_whole_networks(self, name, device):

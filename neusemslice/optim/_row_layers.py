@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -48,12 +48,31 @@ class Kind(ABC):
     def row_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         """Of the weight, with the number of rows along ``neuron_dim``."""
 
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        rows: Tensor | None,
+        bias_rows: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Of the weight's rows and of the bias's, where they are given."""
+        return (
+            None if rows is None else self.row_gradient(grad, x, weight, rows),
+            None if bias_rows is None else ops.rows_bias_backward(grad, bias_rows, self.output_dim),
+        )
+
 
 @dataclass(frozen=True)
 class LinearKind(Kind):
-    """``x @ weight.T`` where the neurons are rows of the weight, ``x @ weight`` else."""
+    """``x @ weight.T`` where the neurons are rows of the weight, ``x @ weight`` else.
+
+    Attributes:
+        together: whether the tuned rows of weight and bias are the same.
+    """
 
     neuron_dim: int
+    together: bool = False
     output_dim: int = -1
     autocast: bool = True
 
@@ -66,6 +85,20 @@ class LinearKind(Kind):
     def row_gradient(self, grad: Tensor, x: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
         found = ops.rows_linear_backward(grad, x, rows)
         return found if self.neuron_dim == 0 else found.t()
+
+    def gradients(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        rows: Tensor | None,
+        bias_rows: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if self.together and rows is not None and bias_rows is not None:
+            # Both read the same few columns: they are gathered once.
+            grad = grad.index_select(-1, rows)
+            rows = bias_rows = torch.arange(len(rows), device=rows.device)
+        return super().gradients(grad, x, weight, rows, bias_rows)
 
 
 @dataclass(frozen=True)
@@ -209,8 +242,9 @@ class _TunedRows(torch.autograd.Function):
             )
             return (None, *found, *[None] * 4)
         of_x = kind.input_gradient(grad, x, weight) if wanted[0] else None
-        of_rows = kind.row_gradient(grad, x, weight, rows) if wanted[1] else None
-        of_bias = ops.rows_bias_backward(grad, bias_rows, kind.output_dim) if wanted[2] else None
+        of_rows, of_bias = kind.gradients(
+            grad, x, weight, rows if wanted[1] else None, bias_rows if wanted[2] else None
+        )
         return (
             None,
             of_x,
@@ -340,6 +374,8 @@ def apply_layer(
         x, own = _cast(x, dtype), _cast(own, dtype)
         own_bias = None if own_bias is None else _cast(own_bias, dtype)
     leaf, rows = (None, None) if bias is None else (bias.leaf, bias.rows)
+    if isinstance(kind, LinearKind) and rows is not None and rows is weight.rows:
+        kind = replace(kind, together=True)
     output: Tensor = _TunedRows.apply(  # type: ignore[no-untyped-call]
         kind, x, weight.leaf, leaf, own, own_bias, weight.rows, rows
     )

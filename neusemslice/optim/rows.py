@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -376,6 +376,9 @@ class _Written(torch.autograd.Function):
 
 def _install(module: nn.Module, members: dict[str, TunedParameter], stack: ExitStack) -> None:
     """Gives a module its leaves and a class that reads them, until the stack is unwound."""
+    weight, bias = members.get("weight"), members.get("bias")
+    if weight is not None and bias is not None and torch.equal(weight.rows, bias.rows):
+        members = members | {"bias": replace(bias, rows=weight.rows)}  # the layer sees they are one
     own = type(module)
     known = has_kind(module, {name: member.neuron_dim for name, member in members.items()})
     described = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}

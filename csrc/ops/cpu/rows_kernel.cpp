@@ -76,7 +76,10 @@ at::Tensor rows_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
   at::Tensor out = at::empty({rows.numel(), features}, grad.options().dtype(value));
   if (out.numel() == 0) return out.to(grad.scalar_type());
   if (linear.x.size(0) == 0) return out.zero_().to(grad.scalar_type());
-  const at::Tensor columns = linear.grad.index_select(1, rows).to(value).t();
+  // Rising rows, as many as there are columns, are all of them.
+  const bool all = rows.numel() == linear.grad.size(1);
+  const at::Tensor chosen = all ? linear.grad : linear.grad.index_select(1, rows);
+  const at::Tensor columns = chosen.to(value).t();
   at::parallel_for(0, (features + kFeatures - 1) / kFeatures, 1, [&](int64_t begin, int64_t end) {
     const PlainDispatch plain_here;
     for (int64_t i = begin; i < end; ++i) {
