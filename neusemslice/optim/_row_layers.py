@@ -94,8 +94,9 @@ class LinearKind(Kind):
         rows: Tensor | None,
         bias_rows: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        if self.together and rows is not None and bias_rows is not None:
-            # Both read the same few columns: they are gathered once.
+        few = rows is not None and bias_rows is not None and len(rows) < grad.shape[-1]
+        if self.together and rows is not None and few:
+            # Both read the same columns: they are gathered once.
             grad = grad.index_select(-1, rows)
             rows = bias_rows = torch.arange(len(rows), device=rows.device)
         return super().gradients(grad, x, weight, rows, bias_rows)
