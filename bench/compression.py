@@ -50,6 +50,8 @@ STEP = 0.2
 RATE = 1e-3
 SPENT = 0.5
 """Share of the budget that slicing may spend."""
+ALIKE = 0.99
+"""Of two rates, the lower over the higher, from which they count as the same."""
 
 COLUMNS = (
     Column("rate", "compression ×", "number", in_summary=True),
@@ -224,7 +226,7 @@ def study(
         without, sliced = found["nothing"], found["slicing"]
         both = min(without["rate"], sliced["rate"])
         until, sooner = (
-            next(i for i, rate in enumerate(run["rates"]) if rate >= both)
+            next(i for i, rate in enumerate(run["rates"]) if rate >= ALIKE * both)
             for run in (without, sliced)
         )
         for first, values in found.items():
@@ -262,7 +264,7 @@ def main() -> None:
         "and is no iteration. “Iterations fewer”: until the lower of both rates."
     )
     section = Section("compression", "Compression after slicing", note, COLUMNS, results)
-    section.show(Console())
+    section.show(Console(width=140))
     if not quick:
         target = Target(
             "compression",
