@@ -333,7 +333,7 @@ def main() -> None:
     section = Section("readapt_step", "A step of re-adaptation", NOTE, COLUMNS, [])
     for name, workload in models.items():
         for share in (0.10,) if quick else SHARES:
-            section.results.append(measure(name, workload, share, 3 if quick else 9))
+            section.results.append(measure(name, workload, share, 3 if quick else 15))
             console.print(f"{section.results[-1].name}: done", style="dim")
             if not quick:
                 section.write()

@@ -96,8 +96,9 @@ class LinearKind(Kind):
     ) -> tuple[Tensor | None, Tensor | None]:
         few = rows is not None and bias_rows is not None and len(rows) < grad.shape[-1]
         if self.together and rows is not None and few:
-            # Both read the same columns: they are gathered once.
-            grad = grad.index_select(-1, rows)
+            # Both read the same columns: they are gathered once, on a CPU by all threads, which
+            # index_select is not.
+            grad = grad.gather(-1, rows.expand(*grad.shape[:-1], -1))
             rows = bias_rows = torch.arange(len(rows), device=rows.device)
         return super().gradients(grad, x, weight, rows, bias_rows)
 

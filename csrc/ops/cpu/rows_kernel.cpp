@@ -1,7 +1,8 @@
 // CPU kernels of the gradients of tuned rows (contract: ops/rows.h).
 //
-// Linear: the tuned columns of grad are gathered, and one at::mm per block of input features is run
-// on one thread, because BLAS on several may divide the sum over positions among them.
+// Linear: the tuned columns of grad are gathered, by at::gather, because index_select runs on one
+// thread along a last dimension, and one at::mm per block of input features is run on one thread,
+// because BLAS on several may divide the sum over positions among them.
 //
 // Convolution: oneDNN's weight gradient takes as long for a tenth of the rows as for all of them,
 // so this is a correlation of our own. A row's gradient is laid out as one line of places, and an
@@ -65,6 +66,13 @@ at::ScalarType value_type(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
+// Some of the last dimension.
+at::Tensor columns_of(const at::Tensor& x, const at::Tensor& columns) {
+  std::vector<int64_t> sizes = x.sizes().vec();
+  sizes.back() = columns.numel();
+  return x.gather(-1, columns.expand(sizes));
+}
+
 constexpr int64_t kFeatures = 192;  // of one at::mm
 
 at::Tensor rows_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
@@ -78,7 +86,7 @@ at::Tensor rows_linear_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
   if (linear.x.size(0) == 0) return out.zero_().to(grad.scalar_type());
   // Rising rows, as many as there are columns, are all of them.
   const bool all = rows.numel() == linear.grad.size(1);
-  const at::Tensor chosen = all ? linear.grad : linear.grad.index_select(1, rows);
+  const at::Tensor chosen = all ? linear.grad : columns_of(linear.grad, rows);
   const at::Tensor columns = chosen.to(value).t();
   at::parallel_for(0, (features + kFeatures - 1) / kFeatures, 1, [&](int64_t begin, int64_t end) {
     const PlainDispatch plain_here;
@@ -313,7 +321,7 @@ at::Tensor rows_bias_backward_cpu(const at::Tensor& grad, const at::Tensor& rows
     const at::Tensor last = grad.movedim(dim, -1);
     const bool gathered = !grad.is_contiguous() && last.is_contiguous();
     const at::Tensor read =
-        gathered ? last.index_select(-1, rows).movedim(-1, dim).contiguous() : grad.contiguous();
+        gathered ? columns_of(last, rows).movedim(-1, dim).contiguous() : grad.contiguous();
     const at::Tensor row_list =
         gathered ? at::arange(rows.numel(), rows.options()) : rows.contiguous();
     sum_rows(read, dim, row_list, nullptr, nullptr, out);
