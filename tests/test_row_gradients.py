@@ -153,7 +153,9 @@ class TestGradients:
         model = copy.deepcopy(model).double().to(device)
         assert_rows_of_dense(model, torch.randn(shape, dtype=torch.float64, device=device), dims)
 
-    @pytest.mark.parametrize("name", ["linear", "tokens", "vector", "turned", "conv2d"])
+    @pytest.mark.parametrize(
+        "name", ["linear", "tokens", "vector", "turned", "conv2d", "batch norm", "batch norm 1d"]
+    )
     def test_where_weight_and_bias_have_the_same_rows(self, name, device):
         model, shape, dims = layers(name)
         model = copy.deepcopy(model).double().to(device)

@@ -82,6 +82,7 @@ class _Norm(torch.autograd.Function):
     ) -> Tensor:
         mean, var, eps = statistics.mean, statistics.var, statistics.eps
         ctx.eps, ctx.whole = eps, kept is not None and kept.shape == x.shape
+        ctx.together = rows is not None and rows is bias_rows
         ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in (tuned, tuned_bias)]
         ctx.save_for_backward(kept, tuned, weight, mean, var, rows, bias_rows)
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, eps)
@@ -97,6 +98,7 @@ class _Norm(torch.autograd.Function):
             FrozenStatistics(mean, var, ctx.eps),
             rows if of_tuned else None,
             bias_rows if of_bias else None,
+            ctx.together and of_tuned and of_bias,
         )
         if torch.is_grad_enabled():
             found = given.differentiable_sums()
@@ -120,6 +122,7 @@ class _Given:
         kept: the input, or its tuned channels; None where no weight is tuned.
         whole: whether it is the input.
         rows, bias_rows: those whose gradients are wanted.
+        together: whether both are wanted, and are the same.
     """
 
     grad: Tensor
@@ -128,6 +131,7 @@ class _Given:
     statistics: FrozenStatistics
     rows: Tensor | None
     bias_rows: Tensor | None
+    together: bool
 
     def sums(self) -> tuple[Tensor | None, Tensor | None]:
         """Both, by the operators."""
@@ -140,8 +144,12 @@ class _Given:
         found = None
         if rows is not None and self.kept is not None:
             every = torch.arange(len(rows), device=rows.device)
-            chosen, mean, var = grad.index_select(1, rows), mean[rows], var[rows]
-            found, _ = ops.rows_norm_backward(chosen, self.kept, mean, var, eps, every, every[:0])
+            chosen = grad.index_select(1, rows)
+            mean, var = mean.index_select(0, rows), var.index_select(0, rows)
+            some = every if self.together else every[:0]
+            found, of_bias = ops.rows_norm_backward(chosen, self.kept, mean, var, eps, every, some)
+            if self.together:
+                return found, of_bias
         return found, None if bias_rows is None else ops.rows_bias_backward(grad, bias_rows, 1)
 
     def differentiable_sums(self) -> tuple[Tensor | None, Tensor | None]:
