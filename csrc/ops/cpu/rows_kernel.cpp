@@ -243,15 +243,15 @@ at::Tensor rows_conv_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
   const int64_t outputs = shape.outputs / groups;
   char* const first_sum = static_cast<char*>(sums.mutable_data_ptr());
   const int64_t part_bytes = count * shape.inputs * shape.taps() * sums.element_size();
-  // Of one block of input channels, for samples that the job counts from `first` on.
-  const auto run = [&](const cpu::ConvRowsJob& job, int64_t part, int64_t task, int64_t first) {
-    const int64_t group = task / blocks, input = task % blocks * block;
+  // Of some blocks of a group's input channels, for samples that the job counts from `first` on.
+  const auto run = [&](const cpu::ConvRowsJob& job, int64_t part, int64_t group, int64_t begin,
+                       int64_t end, int64_t first) {
     const auto first_row = std::lower_bound(row, row + count, group * outputs) - row;
     const auto last_row = std::lower_bound(row, row + count, (group + 1) * outputs) - row;
     if (first_row == last_row) return;
     loops().conv_rows(
         job, {part * shape.samples / parts - first, (part + 1) * shape.samples / parts - first,
-              first_row, last_row, input, std::min(input + block, shape.inputs),
+              first_row, last_row, begin * block, std::min(end * block, shape.inputs),
               group * shape.inputs, first_sum + part * part_bytes});
   };
   cpu::ConvRowsJob job{&layout, element_of(x), nullptr, x.size(1), packed.const_data_ptr(), count};
@@ -269,7 +269,7 @@ at::Tensor rows_conv_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
         own.x = planes.get();
         own.packed = static_cast<const char*>(job.packed) +
                      first * count * layout.line * packed.element_size();
-        for (int64_t task = 0; task < groups * blocks; ++task) run(own, part, task, first);
+        for (int64_t group = 0; group < groups; ++group) run(own, part, group, 0, blocks, first);
       }
     });
   } else {
@@ -283,8 +283,10 @@ at::Tensor rows_conv_backward_cpu(const at::Tensor& grad, const at::Tensor& x,
     }
     job.x = input.const_data_ptr();
     at::parallel_for(0, parts * groups * blocks, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t task = begin; task < end; ++task) {
-        run(job, task / (groups * blocks), task % (groups * blocks), 0);
+      for (int64_t task = begin, next = 0; task < end; task = next) {
+        next = std::min(end, (task / blocks + 1) * blocks);  // in one go what is of one group
+        const int64_t from = task % blocks;
+        run(job, task / (groups * blocks), task / blocks % groups, from, from + next - task, 0);
       }
     });
   }
