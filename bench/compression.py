@@ -51,7 +51,7 @@ RATE = 1e-3
 SPENT = 0.5
 """Share of the budget that slicing may spend."""
 ALIKE = 0.99
-"""Of two rates, the lower over the higher, from which they count as the same."""
+"""Share of a rate at which it counts as reached: removing a fifth each time does not hit it."""
 
 COLUMNS = (
     Column("rate", "compression ×", "number", in_summary=True),
@@ -261,7 +261,7 @@ def main() -> None:
     note = (
         f"Each iteration removes {STEP:.0%} of the parameters that are left, then {steps} steps of "
         f"AdamW at {RATE:g}. Budgets: 1 point on MNIST, 3 on CIFAR-10. Slicing trains nothing "
-        "and is no iteration. “Iterations fewer”: until the lower of both rates."
+        "and is no iteration. “Iterations fewer”: until the lower of both rates, or nearly (99 %)."
     )
     section = Section("compression", "Compression after slicing", note, COLUMNS, results)
     section.show(Console(width=140))
