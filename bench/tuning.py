@@ -17,7 +17,7 @@ import neusemslice as nss
 from bench import cifar
 from bench.continual.deeparc import BATCHES, redundant, with_norms
 from bench.stream import Stream
-from neusemslice.maintain import fit, recalibrate
+from neusemslice.maintain import fit
 from neusemslice.optim import MaskedAdamW, row_gradients
 
 BUDGET = 0.2
@@ -33,7 +33,7 @@ class Choice:
 
     Attributes:
         rate: learning rate.
-        renewed: whether batch norms get the running statistics of the new images.
+        renewed: whether running statistics of batch norms follow the new images.
     """
 
     rate: float
@@ -93,9 +93,6 @@ def tune(
             report.training.optimizer_bytes,
             time.perf_counter() - begin,
         )
-    by_rows = method in BY_ROWS
-    if choice.renewed and by_rows:
-        recalibrate(model, stream)
     layers = redundant_layers(model, stream) if method == DEEPARC else ()
     before = time.perf_counter() - begin
     with tuning(method, model, rows, choice.rate, layers) as (adapted, optimizer):
@@ -106,7 +103,7 @@ def tune(
             optimizer,
             1,
             what=method,
-            freeze_statistics=by_rows or not choice.renewed,
+            freeze_statistics=not choice.renewed,
         )
     return Tuned(adapted, rows, trained, training.optimizer_bytes, before + training.seconds)
 

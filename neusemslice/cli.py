@@ -264,7 +264,7 @@ def readapt(
         bool, typer.Option("--replay", help="Mix the batches with batches of train().")
     ] = False,
     recalibrate: Annotated[
-        bool, typer.Option("--recalibrate", help="Renew the running statistics of batch norms.")
+        bool, typer.Option("--recalibrate", help="Let batch norms follow the new samples.")
     ] = False,
 ) -> None:
     """Fit the samples of the task's new() by tuning a share of the neurons.

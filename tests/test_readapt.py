@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import neusemslice as nss
 from neusemslice.graph import Inputs
-from neusemslice.maintain import Delta, score
+from neusemslice.maintain import Delta, recalibrate, score
 from neusemslice.maintain.drift import neuron_drift
 from neusemslice.maintain.holdout import held_out
 
@@ -38,6 +38,12 @@ def tuned_rows(result):
         for key, p in result.model.get_submodule(name).named_parameters():
             found[f"{name}.{key}"] = (0, here(torch.arange(len(p))))
     return found
+
+
+def stem_statistics(model, batches=SHIFTED):
+    """Mean and unbiased variance of each batch before the first norm, float64 ``[C]``."""
+    outputs = [model.stem(here(x)).double().transpose(0, 1).flatten(1) for x, _ in batches]
+    return [(z.mean(1), z.var(1)) for z in outputs]
 
 
 @pytest.mark.pretended
@@ -303,23 +309,73 @@ def test_batches_of_another_form():
 class TestRecalibration:
     @pytest.mark.pretended
     def test_statistics_are_those_of_the_new_samples(self):
-        model, slicing = made()
-        result = nss.readapt(
-            model, slicing, SHIFTED, 0.3, epochs=1, validation=None, recalibrate=True
+        model, _ = made()
+        before = copy.deepcopy(model.stem_bn)
+        recalibrate(model, SHIFTED)
+        mean, var = (
+            torch.stack(found).mean(0) for found in zip(*stem_statistics(model), strict=True)
         )
-        stem = result.model.stem_bn
-        outputs = [model.stem(here(x)).double() for x, _ in SHIFTED]
-        mean = torch.stack([z.mean((0, 2, 3)) for z in outputs]).mean(0)
-        var = torch.stack([z.transpose(0, 1).flatten(1).var(1) for z in outputs]).mean(0)
+        stem = model.stem_bn
         torch.testing.assert_close(stem.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(stem.running_var.double(), var, rtol=1e-4, atol=1e-5)
-        assert stem.momentum == model.stem_bn.momentum
-        assert torch.equal(stem.num_batches_tracked, model.stem_bn.num_batches_tracked)
+        assert stem.momentum == before.momentum
+        assert torch.equal(stem.num_batches_tracked, before.num_batches_tracked)
         assert not stem.training
 
-    def test_an_error_leaves_them_alone(self):
-        from neusemslice.maintain import recalibrate
+    @pytest.mark.pretended
+    def test_statistics_follow_the_batches_that_the_model_is_tuned_with(self):
+        model, slicing = made()
+        result = nss.readapt(
+            model, slicing, SHIFTED, 0.3, epochs=2, validation=None, recalibrate=True, lr=1e-12
+        )
+        stem, found = result.model.stem_bn, stem_statistics(model)
+        for index, buffer in enumerate((stem.running_mean, stem.running_var)):
+            expected = torch.stack([batch[index] for batch in found]).mean(0)
+            for batch in 2 * found:
+                expected = expected.lerp(batch[index], stem.momentum)
+            torch.testing.assert_close(buffer.double(), expected, rtol=1e-4, atol=1e-5)
+        assert int(stem.num_batches_tracked) == int(model.stem_bn.num_batches_tracked) + 2 * len(
+            found
+        )
+        assert not stem.training
 
+    def test_every_weight_outside_the_tuned_rows_keeps_its_bits(self):
+        model, slicing = made()
+        result = nss.readapt(
+            model, slicing, SHIFTED, 0.3, epochs=2, validation=None, recalibrate=True
+        )
+        tuned = tuned_rows(result)
+        for key, value in result.model.named_parameters():
+            expected = model.get_parameter(key)
+            if key in tuned:
+                dim, rows = tuned[key]
+                assert not torch.equal(value, expected)
+                expected = expected.index_copy(dim, rows, value.index_select(dim, rows))
+            assert torch.equal(value, expected), key
+
+    def test_the_best_state_has_its_own_statistics(self):
+        model, slicing = made()
+        wrong = [(x, (y + 1) % 4) for x, y in SHIFTED[:2]]  # what is learned makes it worse
+        options = {"validation": wrong, "recalibrate": True, "lr": 1e-2}
+        result = nss.readapt(model, slicing, 10 * SHIFTED, 0.5, epochs=2, **options)
+        assert result.report.best_epoch == 0
+        assert score(result.model, wrong, "test") == result.report.new_after
+        count = model.stem_bn.num_batches_tracked
+        assert torch.equal(result.model.stem_bn.num_batches_tracked, count)
+
+    def test_batches_of_old_and_new_samples_are_normalised_together(self):
+        model, slicing = made()
+        options = {"epochs": 1, "validation": None, "recalibrate": True, "lr": 1e-12}
+        old = [(x - 3, y) for x, y in BATCHES]
+        result = nss.readapt(model, slicing, SHIFTED, 0.3, old=old, replay=True, **options)
+        both = [(torch.cat([a, b]), y) for (a, y), (b, _) in zip(SHIFTED, old, strict=True)]
+        expected = torch.stack([mean for mean, _ in stem_statistics(model)]).mean(0)
+        for mean, _ in stem_statistics(model, both):
+            expected = expected.lerp(mean, 0.1)
+        found = result.model.stem_bn.running_mean.double()
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    def test_an_error_leaves_them_alone(self):
         model, _ = made()
         before = copy.deepcopy(model.state_dict())
 

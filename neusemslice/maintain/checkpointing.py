@@ -114,8 +114,8 @@ class Keeper(Watcher):
     loss; the state before the first step is one of them. Without validation it is the last.
 
     Args:
-        parameters: what is trained.
-        optimizer: of these.
+        parameters: what is trained, and buffers that move meanwhile.
+        optimizer: of the former.
         random: of the run.
         validate: scores the model as it stands.
         patience: epochs in a row without a better state after which the run ends.

@@ -317,7 +317,7 @@ def _train(
     with row_gradients(view, [*trained(extended.backbone, own), {"params": rest}]) as rows:
         mixed = loader
         if along is not None and norms:
-            mixed, along = Together(loader, along), None
+            mixed, along = Together(loader, along, "extend"), None
         training = fit(
             view,
             mixed,

@@ -6,12 +6,26 @@ output layer, which is no neuron's; ``neusemslice.maintain.drift`` has the formu
 Gradients, optimizer state and best state are those of tuned rows. Nothing else changes by a bit:
 not a weight outside these rows and, unless batch norms are to be recalibrated, not a running
 statistic.
+
+Recalibrated batch norms normalise by the batch while rows are tuned, and their running statistics
+follow. Kept still, they describe a network that is no longer there: the tuned rows change what
+every norm behind them reads, and the learning rates that a strong shift needs tear it apart.
+Accuracy of ResNet-20, 80.0 % on clean images, on adversarial ones (PGD, 4/255) that were held out,
+in percent, after 40 steps of 128 images, a fifth of the neurons tuned:
+
+=====================================  ====  ====
+learning rate                          3e-3  1e-2
+=====================================  ====  ====
+statistics of the original images      45.5  30.5
+those of the new ones, kept still      47.3  27.7
+those of the new ones, which follow    50.3  54.6
+all parameters tuned                   50.3  46.6
+=====================================  ====  ====
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -29,6 +43,8 @@ from neusemslice.maintain.delta import Delta, digest_of
 from neusemslice.maintain.drift import choose, component_drift, neuron_drift
 from neusemslice.maintain.holdout import Labelled, Part
 from neusemslice.maintain.recalibration import recalibrate as recalibrate_norms
+from neusemslice.maintain.replay import Together
+from neusemslice.maintain.tasks import batch_norms
 from neusemslice.maintain.training import Score, Training, fit, score
 from neusemslice.optim import MaskedAdamW, row_gradients
 from neusemslice.profiling import LabelsOf, profile, unlabelled
@@ -116,8 +132,10 @@ def readapt(
         old: samples that the model knew before, to score it with before and after.
         replay: trains on old samples too: each batch of new ones is one with a batch of them. A
             share for ``validation`` is held out of them as well.
-        recalibrate: first computes the running statistics of batch norms anew from the new
-            samples. They change for all neurons then, and are part of the delta.
+        recalibrate: computes the running statistics of batch norms anew from the new samples
+            (those that are profiled) before the first epoch, and lets them follow: batch norms
+            normalise by the batch while the model is tuned. They change for all neurons then, and
+            are part of the delta.
         epochs, lr, weight_decay: of the training with ``MaskedAdamW``; ``lr`` falls to 0.
         labels: for batches of another form; takes a batch and returns its labels.
         patience: epochs in a row that are no better after which it ends.
@@ -174,17 +192,30 @@ def readapt(
         names[id(parameter)]: dim
         for parameter, dim in zip(groups[0]["params"], groups[0]["neuron_dims"], strict=True)
     }
+    norms = list(batch_norms(adapted).values()) if recalibrate else []
+    trained_on = new
+    if along is not None and norms:  # a batch's own statistics are to be those of both
+        trained_on, along = Together(new, along, "readapt"), None
     with row_gradients(adapted, [*groups, {"params": heads}]) as rows:
         optimizer = MaskedAdamW(rows.groups(), lr=lr, weight_decay=weight_decay)
         keeper = Keeper(
-            rows.parameters(),
+            [*rows.parameters(), *(buffer for norm in norms for buffer in norm.buffers())],
             optimizer,
             random,
             None if held is None else partial(score, adapted, held, "readapt"),
             patience,
             run,
         )
-        training = fit(adapted, new, optimizer, epochs, what="readapt", along=along, watcher=keeper)
+        training = fit(
+            adapted,
+            trained_on,
+            optimizer,
+            epochs,
+            what="readapt",
+            moving=norms,
+            along=along,
+            watcher=keeper,
+        )
         keeper.restore_best()
         tuned_parameters = sum(leaf.numel() for leaf in rows.parameters())
     before = run.content["before"]
@@ -252,12 +283,6 @@ def _sample(loader: Iterable[Any], classes: int) -> Iterator[Any]:
             yield batch
 
 
-def _for_norms(loader: Iterable[Any]) -> Iterable[Any]:
-    """The batches that running statistics are computed from: every n-th, 64 to 127, or all."""
-    count = length(loader)
-    return loader if count is None else itertools.islice(loader, 0, None, max(1, count // 64))
-
-
 def _divided(
     loader: Iterable[Any], validation: float | Iterable[Any] | None
 ) -> tuple[Iterable[Any], Iterable[Any] | None]:
@@ -298,7 +323,7 @@ def _prepare(
         for name, loader in (("new", held), ("old", known))
     }
     if recalibrate:
-        recalibrate_norms(adapted, _for_norms(new))
+        recalibrate_norms(adapted, _sample(new, slicing.profile.num_classes))
         run.put("statistics", dict(adapted.named_buffers()))
     run.put("tuned", tuned.masks())
     run.content = {

@@ -49,9 +49,10 @@ class _Nobodys:
 class Together:
     """The batches of a loader, each made one with a batch of another, which begins anew."""
 
-    def __init__(self, loader: Iterable[Any], other: Iterable[Any]) -> None:
+    def __init__(self, loader: Iterable[Any], other: Iterable[Any], what: str) -> None:
         self._loader = loader
         self._other = other
+        self._what = what
 
     def __len__(self) -> int:
         count = length(self._loader)
@@ -61,9 +62,9 @@ class Together:
 
     def __iter__(self) -> Iterator[tuple[Any, ...]]:
         others: Iterator[tuple[Inputs, Tensor]] = iter(())
-        for inputs, labels in batches(self._loader, "extend"):
+        for inputs, labels in batches(self._loader, self._what):
             if (more := next(others, None)) is None:
-                others = batches(self._other, "extend")
+                others = batches(self._other, self._what)
                 more = next(others)
             yield _batch(_joined(inputs, more[0]), torch.cat([labels, more[1]]))
 

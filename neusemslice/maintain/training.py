@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -186,7 +187,8 @@ def _training(
     wanted = {id(p) for group in optimizer.param_groups for p in group["params"]}
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    hooks = [norm.register_forward_pre_hook(_move_where_possible) for norm in moving]
+    move = partial(_move_where_possible, model)
+    hooks = [norm.register_forward_pre_hook(move) for norm in moving]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(id(parameter) in wanted)
@@ -205,8 +207,9 @@ def _training(
             module.training = mode
 
 
-def _move_where_possible(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-    norm.train(args[0].numel() > args[0].shape[1])
+def _move_where_possible(model: nn.Module, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Not while the model is scored between epochs."""
+    norm.train(model.training and args[0].numel() > args[0].shape[1])
 
 
 def _joined(
