@@ -22,6 +22,7 @@ lower of both rates.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -134,12 +135,29 @@ def _batches(x: Tensor, y: Tensor) -> Batches:
     return list(zip(x.split(100), y.split(100), strict=True))
 
 
+class Remembering(nn.Module):
+    """Answers as a model does, and batches that it has met from memory: all runs of a study
+    fine-tune with the same ones, and a third of a step is the teacher's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.answers: dict[bytes, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        key = hashlib.sha256(x.contiguous().numpy()).digest()
+        if key not in self.answers:
+            self.answers[key] = self.model(x)
+        return self.answers[key]
+
+
 class Study(Runs):
     """All runs of one number of fine-tuning steps."""
 
     def __init__(self, subject: Subject, steps: int, kept: Path | None) -> None:
         super().__init__(kept)
         self.subject, self.steps = subject, steps
+        self.teacher = Remembering(subject.model)
 
     @cached_property
     def slicing(self) -> nss.SemanticSlicing:
@@ -194,7 +212,7 @@ class Study(Runs):
             budget=own.budget,
             accuracy=self.whole,
             lr=RATE,
-            teacher=own.model,
+            teacher=self.teacher,
         )
         total, left = parameter_count(own.model), found.report.parameters
         rates = [total / parameters for parameters in left[: found.report.iterations + 1]]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import quick
+from torch import nn
 
 from bench import cifar, mnist
 
@@ -30,6 +31,20 @@ def test_the_quick_study_of_compression():
             name = f"LeNet-5, MNIST: {granularity}, {method}"
             assert {"rate", "iterations", "accuracy"} <= found[name].keys()
             assert "vs_without" in found[f"{name}, slicing first"]
+
+
+def test_a_teacher_is_asked_once_for_each_batch():
+    compression = pytest.importorskip("bench.compression")
+    asked = []
+    model = nn.Linear(3, 2)
+    model.register_forward_hook(lambda *_: asked.append(1))
+    teacher = compression.Remembering(model)
+    batches = torch.randn(2, 5, 3)
+    expected = [model(x) for x in batches]
+    asked.clear()
+    for x, answer in (*zip(batches, expected, strict=True), (batches[0].clone(), expected[0])):
+        assert torch.equal(teacher(x), answer)
+    assert len(asked) == 2
 
 
 @needs_images

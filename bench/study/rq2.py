@@ -158,7 +158,7 @@ class Study(compression.Study):
             if model is None or count in tried:
                 continue
             tried.add(count)
-            finetune(model, own.training(self.steps), epochs=1, lr=RATE, teacher=own.model)
+            finetune(model, own.training(self.steps), epochs=1, lr=RATE, teacher=self.teacher)
             if score(model, own.validation, "layers").accuracy >= self.whole - own.budget:
                 return model, 1
         return own.model, 0
