@@ -4,8 +4,8 @@
 contrast at five strengths; (d) a part of the weights drawn anew, until accuracy has fallen by 10,
 30 and 50 points. Every method sees the same few new images in the same order for the same number of
 steps (AdamW, batches of 128, learning rate falling linearly to 0). It chooses its learning rate,
-and whether batch norms take the running statistics of the new images, by the same runs of the first
-seed for each of the four families, on validation images.
+and whether batch norms normalise by the batch and let their running statistics follow, by the same
+runs of the first seed for each of the four families, on validation images.
 
 A row's mean is the accuracy on new test images after tuning; of (b) and (c) the old ones are the
 same images unchanged. A seed stands for a network (of (a) there is one), for new images and for
@@ -345,7 +345,7 @@ def run(quick: bool, seeds: int) -> Outcome:
             for key in ("parameters", "seconds", "state"):
                 values[key] = statistics.mean(run[key] for run in runs)
             choice = runs[0]["choice"]
-            values["setting"] = f"{choice.rate:g}" + ", statistics anew" * choice.renewed
+            values["setting"] = f"{choice.rate:g}" + ", statistics follow" * choice.renewed
             results.append(Result(f"{shift.family}, {name}: {method}", values))
             bars = panels.setdefault(shift.family, {}).setdefault(method, {"new": [], "old": []})
             for kind, values_of in bars.items():
