@@ -137,7 +137,7 @@ def test_a_question_is_answered_on_small_data(question, needed, rows):
     assert set(rows) <= found.keys()
 
 
-class TestPruners:
+class TestCompression:
     @pytest.fixture
     def study(self):
         rq2 = pytest.importorskip("bench.study.rq2")
@@ -167,3 +167,17 @@ class TestPruners:
     def test_a_layer_without_a_norm_has_no_scales_to_rank_by(self, study):
         study.subject.model[1] = nn.Identity()
         assert "BN scale" not in study.pruners()
+
+    def test_a_network_that_keeps_its_layers_is_compressed_once(self, study, monkeypatch):
+        from bench import compression
+
+        runs = []
+
+        def run(study, method, granularity, first):
+            runs.append(first)
+            return {"rate": 2.0, "iterations": 3, "accuracy": 90.0, "begun": None}
+
+        monkeypatch.setattr(compression.Study, "run", run)
+        layers, alone = (study.compressed("lamp", first) for first in ("layers", "nothing"))
+        assert runs == ["nothing"]
+        assert layers == {**alone, "begun": 100.0}

@@ -168,6 +168,11 @@ class Study(compression.Study):
         found = self.once(key, partial(self.run, method, "weight", first))
         return {name: found[name] for name in ("rate", "iterations", "accuracy", "begun")}
 
+    def run(self, method: Any, granularity: Any, first: First) -> dict[str, Any]:
+        if first != "nothing" and self.begin(first)[0] is self.subject.model:
+            return {**self.compressed(method, "nothing"), "begun": 100.0}
+        return super().run(method, granularity, first)
+
     @cached_property
     def peers(self) -> tuple[float, float]:
         """The smallest share of all layers' neurons without which no more than ``MACS`` is left,
