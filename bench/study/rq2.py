@@ -201,9 +201,14 @@ class Study(compression.Study):
     def cut(self, method: str) -> nn.Module:
         """The network with half of its multiply-adds, or a little less."""
         own = self.subject
-        removed, allowed = self.peers
-        if method != OURS:
-            return pruned(own.model, PRUNERS[method](), own.calibration, removed)
+        if method == OURS:
+            return copy.deepcopy(self.ours)
+        return pruned(own.model, PRUNERS[method](), own.calibration, self.peers[0])
+
+    @cached_property
+    def ours(self) -> nn.Module:
+        """Restructured until it has no more multiply-adds than the peers."""
+        own, allowed = self.subject, self.peers[1]
         share = allowed / cost_of(own.model, own.calibration)[0]
         while True:  # the library counts biases and norms as well
             found = nss.restructure(
