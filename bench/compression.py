@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import itertools
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -158,6 +159,7 @@ class Study(Runs):
         super().__init__(kept)
         self.subject, self.steps = subject, steps
         self.teacher = Remembering(subject.model)
+        self.smaller: dict[float, nn.Module] = {}
 
     @cached_property
     def slicing(self) -> nss.SemanticSlicing:
@@ -170,9 +172,11 @@ class Study(Runs):
     def restructured(self, share: float) -> nn.Module:
         """The compensated model with a share of the parameters."""
         own = self.subject
-        return nss.restructure(
-            own.model, self.slicing, calibration=own.calibration, params=share
-        ).model
+        if share not in self.smaller:
+            self.smaller[share] = nss.restructure(
+                own.model, self.slicing, calibration=own.calibration, params=share
+            ).model
+        return self.smaller[share]
 
     def untrained(self, share: float) -> float | None:
         """Its accuracy on validation images; None if it cannot be made that small."""
@@ -184,15 +188,17 @@ class Study(Runs):
 
     @cached_property
     def sliced(self) -> nn.Module:
-        """The smallest model that has spent no more than its share of the budget."""
-        least, best = self.whole - SPENT * self.subject.budget, None
-        for share in SHARES:
+        """The smallest model that has spent no more than its share of the budget; found by
+        bisection, as a smaller one has spent more."""
+        least = self.whole - SPENT * self.subject.budget
+
+        def too_small(share: float) -> bool:
             key = f"{self.subject.name}, {share:g} of the parameters, untrained"
             found = self.once(key, partial(self.untrained, share))
-            if found is None or found < least:
-                break
-            best = share
-        return self.subject.model if best is None else self.restructured(best)
+            return found is None or found < least
+
+        allowed = bisect_left(SHARES, True, key=too_small)
+        return self.restructured(SHARES[allowed - 1]) if allowed else self.subject.model
 
     def begin(self, first: First) -> tuple[nn.Module, int]:
         """The model that compression goes on from, and the iterations that it took."""
