@@ -9,6 +9,7 @@ import torch
 from helpers import quick
 from torch import nn
 
+from bench import report
 from bench.datasets import small_digits
 from bench.mixed import mixed
 from bench.study import figures, networks, readme, rq1
@@ -97,6 +98,7 @@ def test_an_outcome_is_a_page_a_file_of_data_and_a_figure(tmp_path, monkeypatch)
     page = outcome.write("rq9")
     assert {p.name for p in page.parent.iterdir()} == {"rq9.md", "rq9.json", "rq9.png"}
     assert "| a | 2 | 2.00 | 1.41 |" in page.read_text()
+    assert report.processor() in page.read_text()
     section = json.loads(page.with_suffix(".json").read_text())["sections"]["rq"]
     assert section["results"][1]["values"] == {"seeds": 1, "mean": 2.0, "std": None}
     assert json.loads(outcome.summary())["a"] == {"seeds": 2, "mean": 2.0, "std": 1.414}

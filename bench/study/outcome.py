@@ -39,12 +39,14 @@ class Outcome:
 
     def write(self, name: str) -> Path:
         """The page, beside it the JSON and the figure."""
+        processor = report.processor()
         target = Target(
             f"{FOLDER}/{name}",
             self.question,
-            f"Made by `python -m bench.study {name}`.\n\n![{self.question}]({name}.png)",
-            "no compiler",
-            {"processor": report.processor(), "threads": torch.get_num_threads()},
+            f"Made by `python -m bench.study {name}` on {processor}.\n\n"
+            f"![{self.question}]({name}.png)",
+            Target.this_machine().compiler,
+            {"processor": processor, "threads": torch.get_num_threads()},
         )
         for section in self.sections:
             page = section.write(target)
