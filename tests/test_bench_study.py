@@ -104,6 +104,12 @@ def test_an_outcome_is_a_page_a_file_of_data_and_a_figure(tmp_path, monkeypatch)
     assert json.loads(outcome.summary())["a"] == {"seeds": 2, "mean": 2.0, "std": 1.414}
 
 
+def test_figures_have_the_deviations_of_the_tables():
+    values = [90.0, 91.0, 95.0]
+    assert figures.deviations(np.array(values)) == pytest.approx(spread(values)["std"])
+    assert not figures.deviations(np.array([[90.0, 91.0]])).any()
+
+
 def test_bars_have_a_group_for_each_method(tmp_path):
     pytest.importorskip("matplotlib")
     panel = {"ours": {"A": [90.0, 91.0], "B": [80.0, 82.0]}, "theirs": {"A": [1.0], "B": [2.0]}}

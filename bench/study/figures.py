@@ -22,7 +22,7 @@ def curves(panels: Mapping[str, Lines], columns: int, x: str, y: str, path: Path
     axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     for axis, (title, lines) in zip(axes.flat, panels.items(), strict=False):
         for colour, (name, (at, values)) in zip(COLOURS, lines.items(), strict=False):
-            middle, deviation = values.mean(0), values.std(0)
+            middle, deviation = values.mean(0), deviations(values)
             axis.plot(at, middle, color=colour, label=name, linewidth=1.6)
             axis.fill_between(at, middle - deviation, middle + deviation, color=colour, alpha=0.2)
         axis.spines[["top", "right"]].set_visible(False)
@@ -57,7 +57,7 @@ def bars(panels: Mapping[str, Bars], x: str, path: Path) -> None:
                 np.arange(len(methods)) + (number - (len(shown) - 1) / 2) * height,
                 [float(np.mean(v)) for v in values],
                 height,
-                xerr=[float(np.std(v)) for v in values],
+                xerr=[float(deviations(np.asarray(v))) for v in values],
                 color=colour,
                 label=kind,
                 error_kw={"linewidth": 0.8},
@@ -74,6 +74,11 @@ def bars(panels: Mapping[str, Bars], x: str, path: Path) -> None:
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
     _save(figure, axes[list(kinds.values()).index(richest)], path)
+
+
+def deviations(values: NDArray[Any]) -> NDArray[Any]:
+    """Over seeds, as the tables have them; none of a single seed."""
+    return np.std(values, axis=0, ddof=1 if len(values) > 1 else 0)
 
 
 def _figure(width: float, height: float) -> Any:
