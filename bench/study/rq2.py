@@ -169,6 +169,7 @@ class Study(compression.Study):
         return {name: found[name] for name in ("rate", "iterations", "accuracy", "begun")}
 
     def run(self, method: Any, granularity: Any, first: First) -> dict[str, Any]:
+        """As alone, where nothing could be removed first."""
         if first != "nothing" and self.begin(first)[0] is self.subject.model:
             return {**self.compressed(method, "nothing"), "begun": 100.0}
         return super().run(method, granularity, first)
